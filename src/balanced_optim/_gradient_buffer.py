@@ -1,0 +1,439 @@
+"""The two stores that task gradients go into: flat rows for averages, a running sum where none are kept."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Rows are summed up in pieces of this many elements: a float32 sum of squares over 1e8 elements in one go
+# is 1 % off on a CPU, and in pieces 1e-9.
+_NORM_PIECE = 4096
+# Parameters start at multiples of this many elements, so that vectorised kernels find them aligned.
+_ALIGNMENT = 16
+# On a CPU a parameter of at least this many elements is read and written on its own: that saves a copy, and
+# a flat result of many megabytes would be fresh memory, whose page faults cost more than the arithmetic.
+_LARGE = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where one parameter lies: `size` real elements of block `block` from `start` on."""
+
+    block: int
+    start: int
+    size: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    def view(self, row: Tensor) -> Tensor:
+        """The parameter's part of a flat row, shaped and strided like the parameter (complex as pairs)."""
+        return row.as_strided(self.shape, self.stride, row.storage_offset() + self.start)
+
+
+@dataclass(frozen=True, slots=True)
+class _Segment:
+    """Columns [start, stop) of a block that are processed together, with the parameters in them."""
+
+    start: int
+    stop: int
+    members: tuple[int, ...]
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 where `dtype` is double precision."""
+    return torch.promote_types(dtype.to_real(), torch.float32)
+
+
+def _real(gradient: Tensor) -> Tensor:
+    """The gradient as a dense real tensor; a complex one becomes pairs of real numbers."""
+    if gradient.layout is not torch.strided:
+        gradient = gradient.to_dense()
+    if gradient.is_complex():
+        return torch.view_as_real(gradient.resolve_conj())
+    return gradient
+
+
+def _joint_norm(norms: Sequence[Tensor]) -> Tensor:
+    """||(a, b, ...)||_2 from the norms of the parts, on the device of the first part."""
+    if len(norms) == 1:
+        return norms[0]
+    dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    joint: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, dtype) for norm in norms]))
+    return joint
+
+
+class FlatGradientBuffer:
+    """T rows over all shared parameters: row t is the running average of task t's gradient.
+
+    ``ema_t <- beta * ema_t + (1 - beta) * g_t`` is written into one spare row, whose norm is both
+    ``||ema_t||`` and the test for non-finite values. An accepted row trades places with the old one, so no
+    average ever holds a non-finite value and none is copied. The buffer is the average: there is no second
+    T x n array.
+
+    Memory: (T + 1) * n elements of `dtype`, n = the number of shared scalars, in one contiguous block for
+    each (device, dtype).
+
+    Args:
+        parameters: the shared parameters; only shapes, strides, devices and dtypes are read.
+        tasks: T, the number of rows.
+        dtype: of the rows; None takes float32, or float64 for float64 parameters. Half precision rows halve
+            the memory; updates, norms and sums are still computed in float32.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], tasks: int, dtype: torch.dtype | None = None) -> None:
+        self.tasks = tasks
+        self._places: list[_Place] = []
+        keys: list[tuple[torch.device, torch.dtype]] = []
+        sizes: list[int] = []
+        for parameter in parameters:
+            key = (parameter.device, dtype or accumulation_dtype(parameter.dtype))
+            if key not in keys:
+                keys.append(key)
+                sizes.append(0)
+            block = keys.index(key)
+            place = _place(parameter, block, sizes[block])
+            self._places.append(place)
+            sizes[block] += math.ceil(place.size / _ALIGNMENT) * _ALIGNMENT
+        self._blocks = [
+            torch.zeros(tasks + 1, max(1, math.ceil(size / _NORM_PIECE)) * _NORM_PIECE, device=device, dtype=row)
+            for (device, row), size in zip(keys, sizes, strict=True)
+        ]
+        self._segments = [self._segments_of(block) for block in range(len(self._blocks))]
+        self._row_of_task = list(range(tasks))
+        self._spare = tasks
+        self._views: dict[int, list[Tensor]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_views": {}}
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first shared parameter, where norms are gathered."""
+        return self._blocks[0].device
+
+    def propose(self, gradients: Sequence[Tensor | None], task: int, beta: float) -> Tensor:
+        """Write ``beta * ema_t + (1 - beta) * g_t`` into the spare row; row t stays until `accept`.
+
+        Args:
+            gradients: g_t, one entry for each parameter; None counts as zeros.
+            task: t.
+            beta: weight of the old average.
+
+        Returns:
+            The norm of the proposed row, a scalar tensor of float32 or float64; not finite exactly where the
+            row holds a non-finite value or its norm overflows.
+        """
+        spare, old = self._views_of(self._spare), self._views_of(self._row_of_task[task])
+        for block, segments in zip(self._blocks, self._segments, strict=True):
+            spare_row, old_row = block[self._spare], block[self._row_of_task[task]]
+            narrow = block.dtype != accumulation_dtype(block.dtype)
+            for segment in segments:
+                if len(segment.members) == 1 or narrow:
+                    for member in segment.members:
+                        _average_into(spare[member], old[member], gradients[member], beta)
+                else:
+                    views = [spare[member] for member in segment.members]
+                    _gather(views, [gradients[member] for member in segment.members])
+                    run = slice(segment.start, segment.stop)
+                    spare_row[run].lerp_(old_row[run], beta)
+        return _joint_norm([_row_norm(block[self._spare]) for block in self._blocks])
+
+    def accept(self, task: int, ok: Tensor) -> None:
+        """Make the proposed row the average of `task` where `ok`, a boolean scalar, is true; else drop it.
+
+        On a CPU two row numbers trade places. On an accelerator `ok` is not read by the host, and the row is
+        copied or kept there.
+        """
+        if self.device.type == "cpu" and ok:
+            self._spare, self._row_of_task[task] = self._row_of_task[task], self._spare
+            return
+        for block in self._blocks:
+            if self.device.type != "cpu":
+                row = block[self._row_of_task[task]]
+                torch.where(ok.to(block.device), block[self._spare], row, out=row)
+            block[self._spare].zero_()
+
+    def forget_batch(self) -> None:
+        """Nothing to do: a proposal that nobody accepted is overwritten by the next."""
+
+    def clear(self, task: int) -> None:
+        """Set the average of `task` back to zero."""
+        for block in self._blocks:
+            block[self._row_of_task[task]].zero_()
+
+    def weighted_sum(self, weights: Tensor, reuse: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """``sum_t w_t * ema_t`` for each parameter, shaped like it, of float32 or wider.
+
+        Args:
+            weights: w, shape (T,).
+            reuse: one tensor or None for each parameter. Where one fits it is overwritten and returned: the
+                last task's gradients are done with, and writing there spares fresh memory.
+        """
+        result: list[Tensor | None] = [None] * len(self._places)
+        for block, segments in zip(self._blocks, self._segments, strict=True):
+            rows, row_weights = self._in_row_order(block, weights)
+            for segment in segments:
+                columns = rows[:, segment.start : segment.stop]
+                out = self._output(segment, block, reuse)
+                _sum_rows(columns, row_weights, out)
+                for member in segment.members:
+                    place = self._places[member]
+                    view = out.as_strided(place.shape, place.stride, out.storage_offset() + place.start - segment.start)
+                    result[member] = torch.view_as_complex(view) if place.dtype.is_complex else view
+        return result
+
+    def averages(self) -> list[Tensor]:
+        """ema for each parameter, shape (T, *parameter.shape): views of the buffer, valid until the next step."""
+        self._sort_rows()
+        return [self._stacked(place) for place in self._places]
+
+    def load_averages(self, averages: Sequence[Tensor | None]) -> None:
+        """Overwrite all averages, each of shape (T, *parameter.shape); None sets zeros."""
+        for view, average in zip(self.averages(), averages, strict=True):
+            if average is None:
+                view.zero_()
+            else:
+                view.copy_(average)
+
+    def gram(self) -> Tensor:
+        """<ema_s, ema_t> for every pair of tasks, shape (T, T), float32 or wider."""
+        self._sort_rows()
+        total = torch.zeros(self.tasks, self.tasks, device=self.device, dtype=torch.float64)
+        for block in self._blocks:
+            rows = block[: self.tasks]
+            for columns in torch.split(rows, 1 << 20, dim=1):
+                wide = columns.to(accumulation_dtype(rows.dtype))
+                total += (wide @ wide.t()).to(total.device, total.dtype)
+        return total
+
+    def _segments_of(self, block: int) -> list[_Segment]:
+        """Split a block into large parameters on their own and runs of small ones (one run on a GPU)."""
+        members = [index for index, place in enumerate(self._places) if place.block == block]
+        on_cpu = self._blocks[block].device.type == "cpu"
+        runs: list[list[int]] = []
+        after_large = True
+        for index in members:
+            large = on_cpu and self._places[index].size >= _LARGE
+            if large or after_large:
+                runs.append([])
+            runs[-1].append(index)
+            after_large = large
+        starts = [self._places[run[0]].start for run in runs] + [self._blocks[block].shape[1]]
+        return [
+            _Segment(start, stop, tuple(run)) for start, stop, run in zip(starts[:-1], starts[1:], runs, strict=True)
+        ]
+
+    def _views_of(self, row: int) -> list[Tensor]:
+        if row not in self._views:
+            self._views[row] = [place.view(self._blocks[place.block][row]) for place in self._places]
+        return self._views[row]
+
+    def _stacked(self, place: _Place) -> Tensor:
+        block = self._blocks[place.block]
+        view = block.as_strided((self.tasks, *place.shape), (block.stride(0), *place.stride), place.start)
+        return torch.view_as_complex(view) if place.dtype.is_complex else view
+
+    def _sort_rows(self) -> None:
+        """Put the average of task t into row t; needed only where somebody looks at all rows at once."""
+        for task in range(self.tasks):
+            if self._row_of_task[task] == task:
+                continue
+            if task in self._row_of_task:
+                self._move(self._row_of_task.index(task))
+            self._move(task)
+
+    def _move(self, task: int) -> None:
+        """Copy the average of `task` into the spare row and let it live there."""
+        for block in self._blocks:
+            block[self._spare].copy_(block[self._row_of_task[task]])
+        self._spare, self._row_of_task[task] = self._row_of_task[task], self._spare
+
+    def _in_row_order(self, block: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The rows of a block, and the tasks' weights in the order of these rows, the spare row at 0."""
+        weights = weights.to(block.device, accumulation_dtype(block.dtype), non_blocking=True)
+        if self._spare == self.tasks and self._row_of_task == list(range(self.tasks)):
+            return block[: self.tasks], weights
+        ordered = weights.new_zeros(self.tasks + 1)
+        ordered[self._row_of_task] = weights
+        return block, ordered
+
+    def _output(self, segment: _Segment, block: Tensor, reuse: Sequence[Tensor | None]) -> Tensor:
+        """A flat tensor for one segment's sum: the memory of the gradient to be reused, or fresh."""
+        dtype = accumulation_dtype(block.dtype)
+        if len(segment.members) == 1:
+            place, old = self._places[segment.members[0]], reuse[segment.members[0]]
+            size = place.size
+            if old is not None and old.layout is torch.strided and old.dtype == dtype and old.stride() == place.stride:
+                return old.as_strided((size,), (1,))
+        else:
+            size = segment.stop - segment.start
+        return torch.empty(size, device=block.device, dtype=dtype)
+
+
+def _place(parameter: Tensor, block: int, start: int) -> _Place:
+    dense = torch.empty_like(parameter, device="meta")
+    if dense.is_complex():
+        dense = torch.view_as_real(dense)
+    return _Place(block, start, dense.numel(), tuple(dense.shape), tuple(dense.stride()), parameter.dtype)
+
+
+def _average_into(spare: Tensor, old: Tensor, gradient: Tensor | None, beta: float) -> None:
+    """spare <- beta * old + (1 - beta) * gradient for one parameter, in one pass where dtypes allow."""
+    if gradient is None:
+        torch.mul(old, beta, out=spare)
+        return
+    gradient = _real(gradient)
+    wide = accumulation_dtype(spare.dtype)
+    if spare.dtype == wide == gradient.dtype:
+        torch.lerp(gradient, old, beta, out=spare)
+    elif spare.dtype == wide:
+        spare.copy_(gradient).lerp_(old, beta)
+    else:
+        spare.copy_(torch.lerp(gradient.to(wide), old.to(wide), beta))
+
+
+def _gather(views: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
+    """views <- gradients, zeros for None."""
+    present = [(view, _real(g)) for view, g in zip(views, gradients, strict=True) if g is not None]
+    if len(present) < len(views):
+        torch._foreach_zero_([view for view, g in zip(views, gradients, strict=True) if g is None])
+    if present:
+        targets, sources = zip(*present, strict=True)
+        torch._foreach_copy_(targets, sources)
+
+
+def _row_norm(row: Tensor) -> Tensor:
+    dtype = accumulation_dtype(row.dtype)
+    pieces: Tensor = torch.linalg.vector_norm(row.view(-1, _NORM_PIECE), dim=1, dtype=dtype)
+    norm: Tensor = torch.linalg.vector_norm(pieces)
+    return norm
+
+
+def _sum_rows(rows: Tensor, weights: Tensor, out: Tensor) -> None:
+    """out <- sum_t weights[t] * rows[t], `rows` of shape (T, at least out.numel())."""
+    rows = rows[:, : out.numel()]
+    if rows.dtype == weights.dtype:
+        torch.mv(rows.t(), weights, out=out)
+        return
+    out.zero_()
+    for row, weight in zip(rows, weights, strict=True):
+        out.addcmul_(row, weight)
+
+
+class GradientSum:
+    """``sum_t w_t * g_t`` without averages: each gradient is added up as it arrives, so no row is kept.
+
+    The weights ``w_t = alpha * priority_t / ||g_t||`` are known up to alpha when g_t arrives, and alpha is a
+    common factor. Gradients are added in units of the first task's norm, not as unit vectors, so that a single
+    task passes through bit for bit. Same interface as `FlatGradientBuffer`.
+
+    Memory: n scalars of float32 or wider beside the gradient that arrives.
+
+    Args:
+        device: where norms are gathered.
+        priorities: priority_t, T of them.
+        normalise: False adds ``priority_t * g_t`` (no rescale to a common norm).
+    """
+
+    def __init__(self, device: torch.device, priorities: Sequence[float], normalise: bool) -> None:
+        self.device = device
+        self._priorities = priorities
+        self._normalise = normalise
+        self._total: list[Tensor | None] = []
+        self._scales: dict[int, Tensor] = {}
+        self._reference: Tensor | None = None
+        self._proposal: tuple[list[Tensor | None], Tensor] | None = None
+
+    def propose(self, gradients: Sequence[Tensor | None], task: int, beta: float) -> Tensor:  # noqa: ARG002
+        """Take g_t and return ||g_t||; the gradients are overwritten by `accept`."""
+        wide = [None if g is None else _wide(g) for g in gradients]
+        present = [g for g in wide if g is not None]
+        norm = _gradients_norm(present).to(self.device)
+        self._proposal = (wide, norm)
+        return norm
+
+    def accept(self, task: int, ok: Tensor) -> None:
+        """Add the proposed gradient where `ok`, a boolean scalar, is true; else drop it."""
+        if self._proposal is None:
+            raise RuntimeError("accept() must follow propose()")
+        gradients, norm = self._proposal
+        self._proposal = None
+        if self.device.type == "cpu" and not ok:
+            return
+        scale = self._scales[task] = self._scale(norm, self._priorities[task], ok)
+        if not self._total:
+            self._total = [None] * len(gradients)
+        for index, gradient in enumerate(gradients):
+            if gradient is None:
+                continue
+            if self.device.type != "cpu":
+                gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
+            self._total[index] = _add_scaled(self._total[index], gradient, scale)
+
+    def clear(self, task: int) -> None:
+        """Nothing to do: no task has an average."""
+
+    def forget_batch(self) -> None:
+        """Drop what was added up so far."""
+        self._total = []
+        self._scales = {}
+        self._reference = None
+        self._proposal = None
+
+    def _scale(self, norm: Tensor, priority: float, ok: Tensor) -> Tensor:
+        """What g_t is multiplied by on arrival: w_t up to a factor common to all tasks; 0 if it does not count."""
+        scale = torch.full_like(norm, priority)
+        if self._normalise:
+            if self._reference is None:
+                self._reference = torch.zeros_like(norm)
+            self._reference = torch.where(self._reference > 0, self._reference, norm.nan_to_num(0.0, 0.0))
+            scale = scale * (self._reference / norm)
+        return torch.where(ok & (norm > 0), scale, torch.zeros_like(scale))
+
+    def weighted_sum(self, weights: Tensor, reuse: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The sum for each parameter, None where no task reached it; starts a new sum. `reuse` is not needed."""
+        del reuse
+        tasks = list(self._scales)
+        scales = torch.stack([self._scales[task] for task in tasks])
+        ratios = weights[tasks].to(scales) / scales
+        # Every ratio is alpha in units of the reference; a task that does not count has scale 0.
+        factor = torch.where(scales > 0, ratios, torch.zeros_like(ratios)).amax()
+        total = self._total
+        self.forget_batch()
+        for tensor in total:
+            if tensor is not None:
+                tensor.mul_(factor.to(tensor.device))
+        return total
+
+
+def _gradients_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """The joint norm of dense gradients; large ones on a CPU piece by piece, as in `_row_norm`."""
+    in_pieces = [g.device.type == "cpu" and g.numel() >= _LARGE for g in gradients]
+    norms = list(torch._foreach_norm([g for g, large in zip(gradients, in_pieces, strict=True) if not large]))
+    for gradient, large in zip(gradients, in_pieces, strict=True):
+        if large:
+            flat = _real(gradient).reshape(-1)
+            tail = flat.numel() % _NORM_PIECE
+            norms += [_row_norm(flat[: flat.numel() - tail]), torch.linalg.vector_norm(flat[flat.numel() - tail :])]
+    return _joint_norm(norms)
+
+
+def _wide(gradient: Tensor) -> Tensor:
+    """A dense gradient in the dtype that sums are taken in; the same tensor where it is one already."""
+    gradient = gradient if gradient.layout is torch.strided else gradient.to_dense()
+    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+
+
+def _add_scaled(total: Tensor | None, gradient: Tensor, scale: Tensor) -> Tensor:
+    """total + scale * gradient, in place on either."""
+    if total is None:
+        return gradient.mul_(scale.to(gradient.device))
+    if scale.device.type == "cpu":
+        return total.add_(gradient, alpha=scale.item())
+    return total.addcmul_(gradient, scale.to(gradient.device))

@@ -1,0 +1,138 @@
+"""The state dict: the base optimizer's, with the averages beside its entries and the counts in a param group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VERSION = 1
+KEY = "balanced_optim"
+_EMA = "task_ema"
+_REACHED = "task_reached"
+
+
+@dataclass(slots=True)
+class MethodState:
+    """Everything of the method that a checkpoint holds, apart from the base optimizer's state.
+
+    Attributes:
+        tasks: task names, None before the first step.
+        named: whether losses come as a mapping.
+        counts: k of every task.
+        beta, beta_decay: the schedule.
+        reached: for each shared parameter, whether a task ever reached it.
+        averages: for each shared parameter ema of shape (T, *parameter.shape), or None.
+    """
+
+    tasks: tuple[str, ...] | None
+    named: bool
+    counts: list[int]
+    beta: float
+    beta_decay: float
+    reached: list[bool]
+    averages: list[Tensor | None]
+
+
+def merge(base: dict[str, Any], method: MethodState, shared: Sequence[int]) -> dict[str, Any]:
+    """A new state dict with the method's state added to the base optimizer's.
+
+    Every parameter gets a scalar entry, heads too: torch.distributed.checkpoint refuses a state dict in which
+    some parameters have state and others have none.
+    """
+    state = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in base["state"].items()}
+    keys = [key for group in base["param_groups"] for key in group["params"]]
+    for key in keys:
+        state.setdefault(key, {})[_REACHED] = torch.tensor(False)
+    for position, reached, average in zip(shared, method.reached, method.averages, strict=True):
+        state[keys[position]][_REACHED] = torch.tensor(reached)
+        if average is not None:
+            state[keys[position]][_EMA] = average
+    groups = [dict(group) for group in base["param_groups"]]
+    groups[0][KEY] = {
+        "version": VERSION,
+        "tasks": None if method.tasks is None else list(method.tasks),
+        "named": method.named,
+        "counts": list(method.counts),
+        "beta": method.beta,
+        "beta_decay": method.beta_decay,
+    }
+    return {**base, "state": state, "param_groups": groups}
+
+
+def split(saved: dict[str, Any], shared: Sequence[int]) -> tuple[dict[str, Any], MethodState | None]:
+    """The base optimizer's part of a state dict and the method's; None for a plain base checkpoint.
+
+    Raises:
+        ValueError: the method's part has an unknown version or lacks a field.
+    """
+    groups = [{name: value for name, value in group.items() if name != KEY} for group in saved["param_groups"]]
+    found = [group[KEY] for group in saved["param_groups"] if KEY in group]
+    keys = [key for group in groups for key in group["params"]]
+    state = {
+        key: {name: v for name, v in entry.items() if name not in (_EMA, _REACHED)}
+        if isinstance(entry, dict)
+        else entry
+        for key, entry in saved["state"].items()
+    }
+    base = {**saved, "state": {key: entry for key, entry in state.items() if entry != {}}, "param_groups": groups}
+    if not found:
+        return base, None
+    header = found[0]
+    version = header.get("version") if isinstance(header, dict) else None
+    if version != VERSION:
+        raise ValueError(
+            f"state dict must be of {KEY} version {VERSION}, got version {version!r}; "
+            "load it with the release that wrote it"
+        )
+    missing = {"tasks", "named", "counts", "beta", "beta_decay"} - header.keys()
+    if missing:
+        raise ValueError(f"state dict must hold {sorted(missing)} under {KEY!r}, got only {sorted(header)}")
+    if shared and max(shared) >= len(keys):
+        raise ValueError(
+            f"state dict must hold every parameter of this optimizer, got {len(keys)} parameters; "
+            "build the optimizer with the parameter groups that were saved"
+        )
+    entries = [saved["state"].get(keys[position], {}) for position in shared]
+    return base, MethodState(
+        tasks=None if header["tasks"] is None else tuple(header["tasks"]),
+        named=bool(header["named"]),
+        counts=[int(count) for count in header["counts"]],
+        beta=float(header["beta"]),
+        beta_decay=float(header["beta_decay"]),
+        reached=[bool(entry.get(_REACHED, _EMA in entry)) for entry in entries],
+        averages=[entry.get(_EMA) for entry in entries],
+    )
+
+
+def check_fits(loaded: MethodState, tasks: tuple[str, ...] | None, named: bool, parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError where a checkpoint belongs to other tasks or other shared parameters."""
+    if loaded.tasks is None:
+        return
+    number = len(loaded.tasks)
+    if tasks is not None and len(tasks) != number:
+        raise ValueError(
+            f"state dict must be of {len(tasks)} tasks {list(tasks)}, got {number} tasks {list(loaded.tasks)}"
+        )
+    if tasks is not None and (named != loaded.named or (named and tasks != loaded.tasks)):
+        raise ValueError(
+            f"state dict must be of the tasks {list(tasks)}, got the tasks {list(loaded.tasks)}; "
+            "averages belong to names: use the names that were saved"
+        )
+    if len(loaded.counts) != number:
+        raise ValueError(f"state dict must hold {number} counts, one a task, got {len(loaded.counts)}")
+    for index, (average, parameter) in enumerate(zip(loaded.averages, parameters, strict=True)):
+        expected = (number, *parameter.shape)
+        if average is not None and tuple(average.shape) != expected:
+            raise ValueError(
+                f"{_EMA} of shared parameter {index} must have shape {expected}, (tasks, *parameter), "
+                f"got {tuple(average.shape)}; the checkpoint is of another network or another list of shared_params"
+            )
+    if any(loaded.counts) and loaded.beta > 0 and not any(average is not None for average in loaded.averages):
+        raise ValueError(
+            f"state dict must hold {_EMA} for the shared parameters, got none; "
+            "were other shared_params given when it was saved?"
+        )

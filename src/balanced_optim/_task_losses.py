@@ -1,0 +1,171 @@
+"""What the caller hands in, made uniform: names, raw values, which tasks are there, cotangents."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLosses:
+    """The losses of one batch, in the order of the tasks.
+
+    Attributes:
+        names: T task names.
+        named: True where the names came with the losses (a mapping).
+        losses: T losses with their graphs, None for an absent task.
+    """
+
+    names: tuple[str, ...]
+    named: bool
+    losses: tuple[Tensor | None, ...]
+
+    @property
+    def present(self) -> list[int]:
+        """Indices of the tasks that this batch has."""
+        return [index for index, loss in enumerate(self.losses) if loss is not None]
+
+    def loss(self, task: int) -> Tensor:
+        """The loss of a task that is present."""
+        loss = self.losses[task]
+        if loss is None:
+            raise ValueError(f"task {self.names[task]!r} is absent from this batch")
+        return loss
+
+    def values(self, device: torch.device) -> Tensor:
+        """Raw losses on `device`, shape (T,), float32 or wider, NaN for absent tasks; detached."""
+        given = [loss.detach().reshape(()) for loss in self.losses if loss is not None]
+        if not given:
+            return torch.full((len(self.losses),), math.nan, device=device)
+        dtype = torch.float32
+        for loss in given:
+            dtype = torch.promote_types(dtype, loss.dtype)
+        missing = torch.full((), math.nan, dtype=dtype, device=device)
+        return torch.stack(
+            [missing if loss is None else loss.detach().reshape(()).to(device, dtype) for loss in self.losses]
+        )
+
+
+def read_losses(losses: Losses, names: tuple[str, ...] | None, named: bool) -> TaskLosses:
+    """Check the form of `losses` and put them into the order of the tasks.
+
+    Args:
+        losses: a sequence (None = absent), a mapping name -> loss (missing or None = absent), or a 1-D tensor.
+        names: the task names fixed so far, or None before the first call.
+        named: whether these names came from a mapping.
+
+    Raises:
+        TypeError: `losses` or an entry is of the wrong kind, or names are missing where tasks have names.
+        ValueError: the number or names of tasks changed, or a loss is not a scalar that needs a gradient.
+    """
+    if isinstance(losses, Mapping):
+        return _from_mapping(losses, names, named)
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1:
+            raise TypeError(
+                f"losses must be one loss a task, got a single tensor of shape {tuple(losses.shape)}; "
+                "pass a list, a mapping or a 1-D tensor of the task losses, not their sum"
+            )
+        entries: tuple[Tensor | None, ...] = losses.unbind()
+    elif isinstance(losses, Sequence) and not isinstance(losses, str):
+        entries = tuple(losses)
+    else:
+        raise TypeError(
+            f"losses must be a sequence, a mapping or a 1-D tensor of task losses, got {type(losses).__name__}"
+        )
+    return _from_sequence(entries, names, named)
+
+
+def _from_sequence(entries: tuple[Tensor | None, ...], names: tuple[str, ...] | None, named: bool) -> TaskLosses:
+    if not entries:
+        raise ValueError("losses must hold at least one task, got none")
+    if named and names is not None:
+        raise TypeError(
+            f"losses must be a mapping, since the tasks have names {list(names)}, got {len(entries)} losses "
+            "without names; pass {name: loss}"
+        )
+    if names is not None and len(entries) != len(names):
+        raise ValueError(
+            f"losses must have {len(names)} entries, one a task as in the first call, got {len(entries)}; "
+            "pass None for a task that this batch lacks"
+        )
+    names = names or tuple(str(index) for index in range(len(entries)))
+    for name, loss in zip(names, entries, strict=True):
+        _check_loss(name, loss)
+    return TaskLosses(names, False, entries)
+
+
+def _from_mapping(losses: Mapping[str, Tensor | None], names: tuple[str, ...] | None, named: bool) -> TaskLosses:
+    if names is not None and not named:
+        raise TypeError(
+            f"losses must be a sequence of {len(names)}, as in the first call, got a mapping with {list(losses)}; "
+            "keep to one form"
+        )
+    if names is None:
+        if not losses:
+            raise ValueError("losses must hold at least one task, got an empty mapping")
+        for name in losses:
+            if not isinstance(name, str):
+                raise TypeError(f"losses must have task names of type str, got {name!r}")
+        names = tuple(losses)
+    unknown = [name for name in losses if name not in names]
+    if unknown:
+        raise ValueError(
+            f"losses names the unknown task {unknown[0]!r}; the tasks are {list(names)}, fixed by the first call "
+            "or by task_weights: name them all there (None for one that the first batch lacks)"
+        )
+    for name, loss in losses.items():
+        _check_loss(name, loss)
+    return TaskLosses(names, True, tuple(losses.get(name) for name in names))
+
+
+def _check_loss(name: str, loss: Tensor | None) -> None:
+    if loss is None:
+        return
+    if not isinstance(loss, Tensor):
+        raise TypeError(
+            f"loss of task {name!r} must be a tensor or None, got {type(loss).__name__} {loss!r}; "
+            "pass the tensor that the loss function returned, without .item()"
+        )
+    if loss.numel() != 1:
+        raise ValueError(
+            f"loss of task {name!r} must be a scalar, got shape {tuple(loss.shape)}; reduce it with .mean()"
+        )
+    if not loss.dtype.is_floating_point:
+        raise ValueError(f"loss of task {name!r} must be of a real floating dtype, got {loss.dtype}")
+    if not loss.requires_grad:
+        raise ValueError(
+            f"loss of task {name!r} must need a gradient, got one without a graph (value {loss.item()}); "
+            "was it detached, or computed under torch.no_grad()? Pass None for a task that this batch lacks"
+        )
+
+
+def acceptable(values: Tensor, eps: float, log_transform: bool) -> Tensor:
+    """Boolean, shape (T,): finite, and above -eps where the log is taken. False for absent tasks (NaN)."""
+    finite = values.isfinite()
+    return finite & (values > -eps) if log_transform else finite
+
+
+def describe_bad_loss(name: str, value: float, eps: float, log_transform: bool) -> str:
+    """The message for a loss that cannot be used."""
+    if log_transform and math.isfinite(value):
+        rule = f"greater than -eps = {-eps} under the log transform"
+        remedy = "shift the loss, or pass log_transform=False for losses that can be negative"
+    else:
+        rule = "finite"
+        remedy = "look for the operation that made it, or pass nonfinite='skip' to leave such batches out"
+    return f"loss of task {name!r} must be {rule}, got {value}; nothing was changed; {remedy}"
+
+
+def cotangents(values: Tensor, eps: float, log_transform: bool) -> Tensor:
+    """What each backward pass starts from, shape (T,): 1 / (loss_t + eps), or 1 without the log.
+
+    ``grad log(loss + eps) = grad loss / (loss + eps)``, so no logarithm is ever built.
+    """
+    return 1.0 / (values + eps) if log_transform else torch.ones_like(values)
