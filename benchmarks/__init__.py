@@ -1,0 +1,1 @@
+"""Benchmarks of balanced_optim: measured on real data, against plain baselines."""

@@ -1,0 +1,183 @@
+"""The main comparison: DB-MTL, its two halves and equal weighting on two overlaid digits.
+
+Every method trains the same network on the same batches from the same initial weights, with the
+same optimizer, learning rate and number of steps; only the way the losses are combined differs.
+
+Run from the root of the repository with `python -m benchmarks.compare`. It prints a table and
+writes `summary.json`, `delta_p.png` and, where DB-MTL is among the methods, `training.png`.
+"""
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from benchmarks.digits import TASKS, two_digits
+from benchmarks.environment import describe_environment
+from benchmarks.methods import METHODS, SINGLE_TASK
+from benchmarks.pictures import save_delta_p, save_training
+from benchmarks.report import MethodSummary, make_table, summarize, write_summary
+from benchmarks.training import Curves, Run, run_method
+
+LEARNING_RATE = 1e-3
+BATCH_SIZE = 64
+FULL_STEPS, FULL_SEEDS = 1000, 3
+QUICK_STEPS, QUICK_SEEDS = 100, 2
+RESULTS = Path(__file__).parent / "results"
+
+Runs = dict[str, list[Run]]
+"""Method name to one run per seed; single-task models first."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the comparison.
+
+    Args:
+        arguments: The command line without the program's name; None takes it from `sys.argv`.
+    """
+    options = parse_arguments(arguments)
+    torch.set_num_threads(options.threads)
+    console = Console()
+    start = time.perf_counter()
+    runs = measure([SINGLE_TASK, *options.methods], options.seeds, options.steps, console)
+    summary = summarize(runs, TASKS)
+    environment = describe_environment() | {
+        "problem": "two digits",
+        "steps": options.steps,
+        "batch_size": BATCH_SIZE,
+        "learning_rate": LEARNING_RATE,
+        "seeds": list(range(options.seeds)),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    write_summary(options.out / "summary.json", summary, TASKS, environment)
+    draw(options.out, summary, runs)
+    title = f"Two digits: mean ± std (seeds: {options.seeds}, steps: {options.steps})"
+    console.print(make_table(summary, TASKS, title))
+    console.print(f"Summary and pictures are in {options.out}")
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line, fill in what it leaves open, and make the output directory."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description="Compare DB-MTL with equal weighting and single-task models on real data.",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="where the results go (default: benchmarks/results/compare, or compare_quick)",
+    )
+    parser.add_argument(
+        "--seeds",
+        type=positive_int,
+        metavar="N",
+        help=f"how many seeds: 0 to N-1 (default: {FULL_SEEDS}; quick: {QUICK_SEEDS})",
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive_int,
+        metavar="N",
+        help=f"training steps of each network (default: {FULL_STEPS}; quick: {QUICK_STEPS})",
+    )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=[SINGLE_TASK, *METHODS],
+        default=list(METHODS),
+        help="methods to run (default: all); stl always runs, since Delta_p is measured against it",
+    )
+    parser.add_argument(
+        "--threads",
+        type=positive_int,
+        default=1,
+        metavar="N",
+        help="CPU threads (default: 1; the networks are too small to gain from more)",
+    )
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="a look at the whole in under half a minute; the figures mean little",
+    )
+    options = parser.parse_args(arguments)
+    options.steps = options.steps or (QUICK_STEPS if options.quick else FULL_STEPS)
+    options.seeds = options.seeds or (QUICK_SEEDS if options.quick else FULL_SEEDS)
+    options.out = options.out or RESULTS / ("compare_quick" if options.quick else "compare")
+    options.methods = [name for name in METHODS if name in options.methods]
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"argument --out: must be a writable directory, got {options.out}: {error}")
+    return options
+
+
+def positive_int(text: str) -> int:
+    """Parse a whole number of at least 1; an argparse type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def measure(methods: Sequence[str], seeds: int, steps: int, console: Console) -> Runs:
+    """Train and score every method with every seed, behind a progress bar.
+
+    Args:
+        methods: Names from `METHODS`, or `SINGLE_TASK`.
+        seeds: Number of seeds, counted from 0.
+        steps: Optimizer steps of each network.
+        console: Where the progress bar goes.
+    """
+    runs: Runs = {name: [] for name in methods}
+    networks = {name: len(TASKS) if name == SINGLE_TASK else 1 for name in methods}
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("steps, left:"),
+        TimeRemainingColumn(),
+    )
+    # Methods differ in speed, so the remaining time is read off a long stretch.
+    with Progress(*columns, console=console, speed_estimate_period=120) as progress:
+        bar = progress.add_task("", total=seeds * steps * sum(networks.values()))
+        for seed in range(seeds):
+            problem = two_digits(seed, BATCH_SIZE)
+            for name in methods:
+                progress.update(bar, description=f"seed {seed + 1}/{seeds} {name}")
+                run = run_method(
+                    name,
+                    problem,
+                    steps=steps,
+                    learning_rate=LEARNING_RATE,
+                    seed=seed,
+                    on_step=lambda: progress.advance(bar),
+                )
+                runs[name].append(run)
+    return runs
+
+
+def draw(out: Path, summary: dict[str, MethodSummary], runs: Runs) -> None:
+    """Save the pictures that the methods at hand allow."""
+    gains = {name: method.delta_p for name, method in summary.items() if name != SINGLE_TASK}
+    if gains:
+        save_delta_p(out / "delta_p.png", gains)
+    if "db_mtl" in runs:
+        save_training(
+            out / "training.png",
+            _curves(runs["db_mtl"]),
+            _curves(runs.get("ew", [])),
+            TASKS,
+            label="db_mtl",
+            baseline_label="ew",
+        )
+
+
+def _curves(runs: Sequence[Run]) -> list[Curves]:
+    return [run.curves for run in runs if run.curves is not None]
+
+
+if __name__ == "__main__":
+    main()

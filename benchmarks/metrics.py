@@ -1,0 +1,59 @@
+"""Metrics on a test set, their spread over seeds, and Delta_p, the gain over single-task models."""
+
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from benchmarks.problem import Task
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Share of rows whose largest logit is the label, 0 to 1.
+
+    Args:
+        logits: Shape (B, classes).
+        labels: Class indices, shape (B,).
+    """
+    return (logits.argmax(dim=1) == labels).float().mean()
+
+
+def delta_p(scores: Mapping[str, float], baseline: Mapping[str, float], tasks: Iterable[Task]) -> float:
+    """Relative gain over single-task models in percent, averaged over tasks; higher is better.
+
+    The mean over tasks of `(-1)^s * 100 * (M - M_STL) / M_STL`, where s is 0 if a higher metric M
+    is better and 1 otherwise. The benchmarks pair by seed: M_STL comes from the single-task models
+    of the seed that M comes from, hence from the same split of the data and the same initial
+    weights.
+
+    Args:
+        scores: Metric of each task, by task name.
+        baseline: Metric of each task's single-task model, by task name; not zero.
+        tasks: The tasks to average over.
+    """
+    gains = [
+        (1.0 if task.higher_is_better else -1.0)
+        * 100.0
+        * (scores[task.name] - baseline[task.name])
+        / baseline[task.name]
+        for task in tasks
+    ]
+    return statistics.fmean(gains)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """One number per seed, in the order of the seeds."""
+
+    seeds: Sequence[float]
+
+    @property
+    def mean(self) -> float:
+        """The mean over seeds."""
+        return statistics.fmean(self.seeds)
+
+    @property
+    def std(self) -> float:
+        """The sample standard deviation over seeds; 0 for a single seed."""
+        return statistics.stdev(self.seeds) if len(self.seeds) > 1 else 0.0

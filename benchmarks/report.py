@@ -1,0 +1,90 @@
+"""From the runs of each method to a summary, and from the summary to JSON and a table."""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from benchmarks.methods import SINGLE_TASK
+from benchmarks.metrics import Spread, delta_p
+from benchmarks.problem import Task
+from benchmarks.training import Run
+
+
+@dataclass(frozen=True)
+class MethodSummary:
+    """Delta_p in percent, and each task's metric by task name, over the seeds."""
+
+    delta_p: Spread
+    tasks: Mapping[str, Spread]
+
+
+def summarize(runs: Mapping[str, Sequence[Run]], tasks: Iterable[Task]) -> dict[str, MethodSummary]:
+    """Summarise every method over its seeds, against the single-task models of the same seeds.
+
+    Args:
+        runs: Method name to one run per seed; holds the single-task models, and the seeds of all
+            methods come in the same order.
+        tasks: The tasks, in the order in which they are reported.
+    """
+    tasks = tuple(tasks)
+    baseline = runs[SINGLE_TASK]
+    return {
+        name: MethodSummary(
+            Spread(
+                [delta_p(run.scores, single.scores, tasks) for run, single in zip(method_runs, baseline, strict=True)]
+            ),
+            {task.name: Spread([run.scores[task.name] for run in method_runs]) for task in tasks},
+        )
+        for name, method_runs in runs.items()
+    }
+
+
+def write_summary(
+    path: Path,
+    summary: Mapping[str, MethodSummary],
+    tasks: Iterable[Task],
+    environment: Mapping[str, Any],
+) -> None:
+    """Write the summary as JSON: `methods` by name, and the `environment` as given."""
+    metrics = {task.name: task.metric for task in tasks}
+    methods = {
+        name: {
+            "delta_p": _spread_record(method.delta_p),
+            "tasks": {
+                task: {"metric": metrics[task], **_spread_record(spread)} for task, spread in method.tasks.items()
+            },
+        }
+        for name, method in summary.items()
+    }
+    record = {"methods": methods, "environment": dict(environment)}
+    path.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _spread_record(spread: Spread) -> dict[str, Any]:
+    return {"mean": spread.mean, "std": spread.std, "seeds": list(spread.seeds)}
+
+
+def make_table(summary: Mapping[str, MethodSummary], tasks: Iterable[Task], title: str) -> Table:
+    """Lay the summary out as a table: a row per method, a column per task, then Delta_p.
+
+    An arrow says which way is better.
+    """
+    tasks = tuple(tasks)
+    table = Table(title=title)
+    table.add_column("method", no_wrap=True)
+    for task in tasks:
+        arrow = "↑" if task.higher_is_better else "↓"
+        table.add_column(f"{task.name}\n{task.metric} {arrow}", justify="right", no_wrap=True)
+    table.add_column("Delta_p\n% ↑", justify="right", no_wrap=True)
+    for name, method in summary.items():
+        cells = [_format(method.tasks[task.name], digits=3) for task in tasks]
+        table.add_row(name, *cells, _format(method.delta_p, digits=1, sign="+"))
+    return table
+
+
+def _format(spread: Spread, *, digits: int, sign: str = "") -> str:
+    return f"{spread.mean:{sign}.{digits}f} ± {spread.std:.{digits}f}"
