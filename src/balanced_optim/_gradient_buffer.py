@@ -13,6 +13,8 @@ from torch import Tensor
 # Rows are summed up in pieces of this many elements: a float32 sum of squares over 1e8 elements in one go
 # is 1 % off on a CPU, and in pieces 1e-9.
 _NORM_PIECE = 4096
+# A weighted sum is built in pieces of this many elements, which stay in a CPU's cache.
+_SUM_PIECE = 1 << 20
 # Parameters start at multiples of this many elements, so that vectorised kernels find them aligned.
 _ALIGNMENT = 16
 # On a CPU a parameter of at least this many elements is read and written on its own: that saves a copy, and
@@ -177,16 +179,23 @@ class FlatGradientBuffer:
         """
         result: list[Tensor | None] = [None] * len(self._places)
         for block, segments in zip(self._blocks, self._segments, strict=True):
-            rows, row_weights = self._in_row_order(block, weights)
+            rows = [block[row] for row in self._row_of_task]
             for segment in segments:
-                columns = rows[:, segment.start : segment.stop]
                 out = self._output(segment, block, reuse)
-                _sum_rows(columns, row_weights, out)
+                _sum_rows([row[segment.start :][: out.numel()] for row in rows], weights, out)
                 for member in segment.members:
                     place = self._places[member]
                     view = out.as_strided(place.shape, place.stride, out.storage_offset() + place.start - segment.start)
                     result[member] = torch.view_as_complex(view) if place.dtype.is_complex else view
         return result
+
+    def norms(self) -> Tensor:
+        """||ema_t|| of every task, shape (T,): bit for bit what `propose` returned for each."""
+        per_task = [
+            _joint_norm([_row_norm(block[self._row_of_task[task]]) for block in self._blocks])
+            for task in range(self.tasks)
+        ]
+        return torch.stack(per_task)
 
     def averages(self) -> list[Tensor]:
         """ema for each parameter, shape (T, *parameter.shape): views of the buffer, valid until the next step."""
@@ -254,15 +263,6 @@ class FlatGradientBuffer:
             block[self._spare].copy_(block[self._row_of_task[task]])
         self._spare, self._row_of_task[task] = self._row_of_task[task], self._spare
 
-    def _in_row_order(self, block: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The rows of a block, and the tasks' weights in the order of these rows, the spare row at 0."""
-        weights = weights.to(block.device, accumulation_dtype(block.dtype), non_blocking=True)
-        if self._spare == self.tasks and self._row_of_task == list(range(self.tasks)):
-            return block[: self.tasks], weights
-        ordered = weights.new_zeros(self.tasks + 1)
-        ordered[self._row_of_task] = weights
-        return block, ordered
-
     def _output(self, segment: _Segment, block: Tensor, reuse: Sequence[Tensor | None]) -> Tensor:
         """A flat tensor for one segment's sum: the memory of the gradient to be reused, or fresh."""
         dtype = accumulation_dtype(block.dtype)
@@ -315,15 +315,31 @@ def _row_norm(row: Tensor) -> Tensor:
     return norm
 
 
-def _sum_rows(rows: Tensor, weights: Tensor, out: Tensor) -> None:
-    """out <- sum_t weights[t] * rows[t], `rows` of shape (T, at least out.numel())."""
-    rows = rows[:, : out.numel()]
-    if rows.dtype == weights.dtype:
-        torch.mv(rows.t(), weights, out=out)
+def _sum_rows(rows: Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
+    """out <- sum_t weights[t] * rows[t], in the order of the tasks wherever the rows lie.
+
+    A matrix-vector product is one kernel, which counts on an accelerator, but on a CPU it adds rows in the order
+    of memory, which trading places changes, and it is no faster than adding rows piece by piece in cache.
+    """
+    if out.device.type != "cpu" and rows[0].dtype == out.dtype:
+        matrix = rows[0].as_strided((len(rows), out.numel()), (rows[1].storage_offset() - rows[0].storage_offset(), 1))
+        torch.mv(matrix.t(), weights.to(out.device, out.dtype), out=out)
         return
-    out.zero_()
-    for row, weight in zip(rows, weights, strict=True):
-        out.addcmul_(row, weight)
+    if out.device.type != "cpu":
+        out.zero_()
+        for row, weight in zip(rows, weights.to(out.device, out.dtype), strict=True):
+            out.addcmul_(row, weight)
+        return
+    terms = [(row, weight) for row, weight in zip(rows, weights.tolist(), strict=True) if weight != 0]
+    if not terms:
+        out.zero_()
+    for start in range(0, out.numel(), _SUM_PIECE):
+        piece = slice(start, start + _SUM_PIECE)
+        for index, (row, weight) in enumerate(terms):
+            if index == 0:
+                torch.mul(row[piece], weight, out=out[piece])
+            else:
+                out[piece].add_(row[piece], alpha=weight)
 
 
 class GradientSum:

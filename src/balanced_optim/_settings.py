@@ -25,6 +25,7 @@ class Settings:
     max_weight: float | None
     ema_dtype: torch.dtype | None
     nonfinite: str
+    refresh_every: int = 1
 
     def __post_init__(self) -> None:
         _require(_is_number(self.eps) and self.eps > 0, "eps", "a number > 0", self.eps)
@@ -43,6 +44,8 @@ class Settings:
             self.ema_dtype,
         )
         _require(self.nonfinite in _NONFINITE, "nonfinite", f"one of {_NONFINITE}", self.nonfinite)
+        whole = isinstance(self.refresh_every, int) and not isinstance(self.refresh_every, bool)
+        _require(whole and self.refresh_every >= 1, "refresh_every", "a whole number >= 1", self.refresh_every)
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:
@@ -79,8 +82,10 @@ def check_base_optimizer(base_optim: object) -> None:
         )
 
 
-def shared_positions(base_optim: Optimizer, shared_params: Iterable[Tensor] | nn.Module) -> list[int]:
-    """Positions of the shared parameters among all parameters of `base_optim`, in the order of `shared_params`.
+def shared_positions(
+    base_optim: Optimizer, shared_params: Iterable[Tensor] | nn.Module, argument: str = "shared_params"
+) -> list[int]:
+    """Positions of these parameters among all parameters of `base_optim`, in the order given.
 
     Positions, not tensors: wrappers such as FSDP2 put other parameter objects into the same places.
 
@@ -90,31 +95,56 @@ def shared_positions(base_optim: Optimizer, shared_params: Iterable[Tensor] | nn
     """
     place = {id(p): i for i, p in enumerate(p for group in base_optim.param_groups for p in group["params"])}
     positions: dict[int, None] = {}
-    for name, parameter in _named(shared_params):
+    for name, parameter in _named(shared_params, argument):
         if not isinstance(parameter, Tensor):
             raise TypeError(
-                f"shared_params must hold parameters, got {type(parameter).__name__} at {name}; "
+                f"{argument} must hold parameters, got {type(parameter).__name__} at {name}; "
                 "pass trunk.parameters() or the trunk module itself"
             )
         if id(parameter) not in place:
             raise ValueError(
-                f"shared_params must all be in base_optim, but {name} of shape {tuple(parameter.shape)} is not; "
+                f"{argument} must all be in base_optim, but {name} of shape {tuple(parameter.shape)} is not; "
                 "give base_optim every trained parameter, heads included"
             )
         positions[place[id(parameter)]] = None
     if not positions:
         raise ValueError(
-            "shared_params must hold at least one parameter, got none; was it an iterator that is used up?"
+            f"{argument} must hold at least one parameter, got none; was it an iterator that is used up, "
+            "or a module without parameters?"
         )
     return list(positions)
 
 
-def _named(shared_params: Iterable[Tensor] | nn.Module) -> list[tuple[str, Tensor]]:
+def norm_positions(
+    base_optim: Optimizer, norm_params: Iterable[Tensor] | nn.Module | None, shared: list[int], refresh_every: int
+) -> list[int] | None:
+    """Positions of `norm_params`, a subset of the shared ones; None for the exact form.
+
+    Raises:
+        ValueError: one is not shared, or `refresh_every` is used without `norm_params`.
+    """
+    if norm_params is None:
+        if refresh_every != 1:
+            raise ValueError(
+                f"refresh_every needs norm_params, got refresh_every={refresh_every} without; weights are reused in a "
+                "joint backward only: pass norm_params=shared_params to measure norms on all shared parameters"
+            )
+        return None
+    positions = shared_positions(base_optim, norm_params, "norm_params")
+    if not set(positions) <= set(shared):
+        raise ValueError(
+            f"norm_params must be a subset of shared_params, got {len(set(positions) - set(shared))} parameters that "
+            "are not shared; every task must depend on them"
+        )
+    return positions
+
+
+def _named(shared_params: Iterable[Tensor] | nn.Module, argument: str) -> list[tuple[str, Tensor]]:
     if isinstance(shared_params, nn.Module):
-        return list(shared_params.named_parameters())
+        return [(f"parameter {name!r} of the module", p) for name, p in shared_params.named_parameters()]
     if isinstance(shared_params, Tensor) or not isinstance(shared_params, Iterable):
         raise TypeError(
-            f"shared_params must be an iterable of parameters or a Module, got {type(shared_params).__name__}; "
+            f"{argument} must be an iterable of parameters or a Module, got {type(shared_params).__name__}; "
             "put a single parameter into a list"
         )
     return [(f"entry {index}", parameter) for index, parameter in enumerate(shared_params)]
@@ -128,10 +158,13 @@ def read_task_weights(
         return None, None
     named = isinstance(task_weights, Mapping)
     if not named and (isinstance(task_weights, str) or not isinstance(task_weights, Sequence)):
-        raise TypeError(f"task_weights must be a sequence or a mapping by task name, got {type(task_weights).__name__}")
+        raise TypeError(
+            f"task_weights must be a sequence or a mapping by task name, got {type(task_weights).__name__}; "
+            "pass [1.0, 2.0] or {'a': 1.0, 'b': 2.0} (.tolist() of a tensor)"
+        )
     items = list(task_weights.items()) if isinstance(task_weights, Mapping) else list(enumerate(task_weights))
     if not items:
-        raise ValueError("task_weights must hold one weight a task, got none")
+        raise ValueError("task_weights must hold one weight a task, got none; leave it out for equal priorities")
     for name, weight in items:
         if named and not isinstance(name, str):
             raise TypeError(f"task_weights must have task names of type str, got {name!r}")

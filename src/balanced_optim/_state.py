@@ -12,7 +12,9 @@ from torch import Tensor
 VERSION = 1
 KEY = "balanced_optim"
 _EMA = "task_ema"
-_REACHED = "task_reached"
+_ROLE = "task_role"
+# What `task_role` says of a parameter.
+_HEAD, _SHARED, _REACHED = 0, 1, 2
 
 
 @dataclass(slots=True)
@@ -24,8 +26,9 @@ class MethodState:
         named: whether losses come as a mapping.
         counts: k of every task.
         beta, beta_decay: the schedule.
+        age: steps since norms were last measured; 0 unless weights are reused.
         reached: for each shared parameter, whether a task ever reached it.
-        averages: for each shared parameter ema of shape (T, *parameter.shape), or None.
+        averages: for each averaged parameter ema of shape (T, *parameter.shape), or None.
     """
 
     tasks: tuple[str, ...] | None
@@ -33,11 +36,12 @@ class MethodState:
     counts: list[int]
     beta: float
     beta_decay: float
+    age: int
     reached: list[bool]
     averages: list[Tensor | None]
 
 
-def merge(base: dict[str, Any], method: MethodState, shared: Sequence[int]) -> dict[str, Any]:
+def merge(base: dict[str, Any], method: MethodState, shared: Sequence[int], averaged: Sequence[int]) -> dict[str, Any]:
     """A new state dict with the method's state added to the base optimizer's.
 
     Every parameter gets a scalar entry, heads too: torch.distributed.checkpoint refuses a state dict in which
@@ -46,9 +50,10 @@ def merge(base: dict[str, Any], method: MethodState, shared: Sequence[int]) -> d
     state = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in base["state"].items()}
     keys = [key for group in base["param_groups"] for key in group["params"]]
     for key in keys:
-        state.setdefault(key, {})[_REACHED] = torch.tensor(False)
-    for position, reached, average in zip(shared, method.reached, method.averages, strict=True):
-        state[keys[position]][_REACHED] = torch.tensor(reached)
+        state.setdefault(key, {})[_ROLE] = torch.tensor(_HEAD)
+    for position, reached in zip(shared, method.reached, strict=True):
+        state[keys[position]][_ROLE] = torch.tensor(_REACHED if reached else _SHARED)
+    for position, average in zip(averaged, method.averages, strict=True):
         if average is not None:
             state[keys[position]][_EMA] = average
     groups = [dict(group) for group in base["param_groups"]]
@@ -59,11 +64,14 @@ def merge(base: dict[str, Any], method: MethodState, shared: Sequence[int]) -> d
         "counts": list(method.counts),
         "beta": method.beta,
         "beta_decay": method.beta_decay,
+        "age": method.age,
     }
     return {**base, "state": state, "param_groups": groups}
 
 
-def split(saved: dict[str, Any], shared: Sequence[int]) -> tuple[dict[str, Any], MethodState | None]:
+def split(
+    saved: dict[str, Any], shared: Sequence[int], averaged: Sequence[int]
+) -> tuple[dict[str, Any], MethodState | None]:
     """The base optimizer's part of a state dict and the method's; None for a plain base checkpoint.
 
     Raises:
@@ -73,9 +81,7 @@ def split(saved: dict[str, Any], shared: Sequence[int]) -> tuple[dict[str, Any],
     found = [group[KEY] for group in saved["param_groups"] if KEY in group]
     keys = [key for group in groups for key in group["params"]]
     state = {
-        key: {name: v for name, v in entry.items() if name not in (_EMA, _REACHED)}
-        if isinstance(entry, dict)
-        else entry
+        key: {name: v for name, v in entry.items() if name not in (_EMA, _ROLE)} if isinstance(entry, dict) else entry
         for key, entry in saved["state"].items()
     }
     base = {**saved, "state": {key: entry for key, entry in state.items() if entry != {}}, "param_groups": groups}
@@ -88,36 +94,59 @@ def split(saved: dict[str, Any], shared: Sequence[int]) -> tuple[dict[str, Any],
             f"state dict must be of {KEY} version {VERSION}, got version {version!r}; "
             "load it with the release that wrote it"
         )
-    missing = {"tasks", "named", "counts", "beta", "beta_decay"} - header.keys()
+    missing = {"tasks", "named", "counts", "beta", "beta_decay", "age"} - header.keys()
     if missing:
         raise ValueError(f"state dict must hold {sorted(missing)} under {KEY!r}, got only {sorted(header)}")
-    if shared and max(shared) >= len(keys):
+    entries = [saved["state"].get(key, {}) for key in keys]
+    roles = [int(entry.get(_ROLE, _HEAD)) for entry in entries]
+    if {position for position, role in enumerate(roles) if role != _HEAD} != set(shared):
         raise ValueError(
-            f"state dict must hold every parameter of this optimizer, got {len(keys)} parameters; "
-            "build the optimizer with the parameter groups that were saved"
+            f"state dict must be of the same shared_params, got {sum(role != _HEAD for role in roles)} shared of "
+            f"{len(roles)} parameters, here {len(shared)}; give the shared_params and param groups that were saved"
         )
-    entries = [saved["state"].get(keys[position], {}) for position in shared]
+    kept = {position for position, entry in enumerate(entries) if _EMA in entry}
+    wanted = {position for position in averaged if roles[position] == _REACHED}
+    if kept != wanted and (kept or float(header["beta"]) > 0):
+        raise ValueError(
+            f"state dict must hold {_EMA} for the {len(wanted)} parameters that are averaged here, got it for "
+            f"{len(kept)}; give the norm_params and max_weight that were saved"
+        )
+    counts = header["counts"]
+    if not isinstance(counts, list) or not all(isinstance(count, int) and count >= 0 for count in counts):
+        raise ValueError(f"state dict must hold counts that are whole numbers >= 0, got {counts!r}")
     return base, MethodState(
         tasks=None if header["tasks"] is None else tuple(header["tasks"]),
         named=bool(header["named"]),
-        counts=[int(count) for count in header["counts"]],
+        counts=list(counts),
         beta=float(header["beta"]),
         beta_decay=float(header["beta_decay"]),
-        reached=[bool(entry.get(_REACHED, _EMA in entry)) for entry in entries],
-        averages=[entry.get(_EMA) for entry in entries],
+        age=int(header["age"]),
+        reached=[roles[position] == _REACHED for position in shared],
+        averages=[entries[position].get(_EMA) for position in averaged],
     )
 
 
-def check_fits(loaded: MethodState, tasks: tuple[str, ...] | None, named: bool, parameters: Sequence[Tensor]) -> None:
-    """Raise ValueError where a checkpoint belongs to other tasks or other shared parameters."""
-    if loaded.tasks is None:
+def check_fits(
+    loaded: MethodState, tasks: tuple[str, ...] | None, known: bool, named: bool, parameters: Sequence[Tensor]
+) -> None:
+    """Raise ValueError where a checkpoint belongs to other tasks or other shapes.
+
+    Args:
+        loaded: what the checkpoint holds.
+        tasks: the task names here, or None; with `known` false only their number counts.
+        known: whether the names are fixed.
+        named: whether losses come as a mapping here.
+        parameters: the averaged parameters.
+    """
+    if loaded.tasks is None or not loaded.counts:
         return
     number = len(loaded.tasks)
     if tasks is not None and len(tasks) != number:
         raise ValueError(
-            f"state dict must be of {len(tasks)} tasks {list(tasks)}, got {number} tasks {list(loaded.tasks)}"
+            f"state dict must be of {len(tasks)} tasks {list(tasks)}, got {number} tasks {list(loaded.tasks)}; "
+            "load it into an optimizer that has not seen other losses or task_weights"
         )
-    if tasks is not None and (named != loaded.named or (named and tasks != loaded.tasks)):
+    if known and tasks is not None and (named != loaded.named or (named and tasks != loaded.tasks)):
         raise ValueError(
             f"state dict must be of the tasks {list(tasks)}, got the tasks {list(loaded.tasks)}; "
             "averages belong to names: use the names that were saved"
@@ -128,11 +157,6 @@ def check_fits(loaded: MethodState, tasks: tuple[str, ...] | None, named: bool, 
         expected = (number, *parameter.shape)
         if average is not None and tuple(average.shape) != expected:
             raise ValueError(
-                f"{_EMA} of shared parameter {index} must have shape {expected}, (tasks, *parameter), "
+                f"{_EMA} of averaged parameter {index} must have shape {expected}, (tasks, *parameter), "
                 f"got {tuple(average.shape)}; the checkpoint is of another network or another list of shared_params"
             )
-    if any(loaded.counts) and loaded.beta > 0 and not any(average is not None for average in loaded.averages):
-        raise ValueError(
-            f"state dict must hold {_EMA} for the shared parameters, got none; "
-            "were other shared_params given when it was saved?"
-        )

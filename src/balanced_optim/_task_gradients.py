@@ -32,22 +32,59 @@ def add_gradients(old: Tensor | None, new: Tensor) -> Tensor:
     return old.add_(new)
 
 
-def task_backward(
-    loss: Tensor, cotangent: Tensor, name: str, parameters: Sequence[Tensor], retain_graph: bool
-) -> list[Tensor | None]:
-    """One task's gradients on all `parameters` (None where it does not reach one), whose `.grad` must be None.
+def leaves(losses: Sequence[Tensor]) -> list[Tensor]:
+    """Every leaf tensor that a backward pass from `losses` would give a gradient to, in no particular order."""
+    found: list[Tensor] = []
+    nodes = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    seen = set(nodes)
+    while nodes:
+        node = nodes.pop()
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            found.append(variable)
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return found
 
-    `.backward()` rather than `autograd.grad`: heads need no list, reentrant activation checkpoints work, and
-    parameters outside the optimizer accumulate as usual.
+
+def take_pass(
+    losses: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+    inputs: Sequence[Tensor] | None = None,
+) -> list[Tensor | None]:
+    """One backward pass of ``sum_t cotangent_t * loss_t``: gradients on `parameters`, None where it reaches none.
+
+    `.backward()` rather than `autograd.grad`: heads need no list, reentrant activation checkpoints work,
+    parameters outside the optimizer accumulate as usual, and each gradient owns its memory.
+
+    Args:
+        losses: raw losses, one for the exact form, several for a joint pass.
+        cotangents: one scalar each.
+        names: their tasks, for messages.
+        parameters: whose `.grad`, None before the call, is taken over.
+        retain_graph: keep the graph for another pass.
+        inputs: stop at these: on a trunk's last layer the pass never enters the layers before.
     """
-    start = cotangent.to(loss.device, loss.dtype).reshape(loss.shape)
+    starts = [c.to(loss.device, loss.dtype).reshape(loss.shape) for loss, c in zip(losses, cotangents, strict=True)]
     try:
-        torch.autograd.backward(loss, start, retain_graph=retain_graph)
+        torch.autograd.backward(losses, starts, retain_graph=retain_graph, inputs=inputs)
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise RuntimeError(
-                f"the graph of task {name!r} is gone: step() and backward() need losses that no backward pass has "
-                "used yet; drop any loss.backward() before them and compute the losses anew for every step"
+                f"the graph of task {' and '.join(map(repr, names))} is gone: step() and backward() need losses that "
+                "no backward pass has used yet; drop any loss.backward() before them and compute the losses anew for "
+                "every step"
+            ) from error
+        if "use_reentrant=True" in str(error):
+            raise RuntimeError(
+                "norm_params needs activation checkpoints with use_reentrant=False: a reentrant one cannot stop at a "
+                "subset of the parameters; change the checkpoint call, or leave norm_params out"
             ) from error
         raise
     return take_gradients(parameters)

@@ -31,6 +31,11 @@ class TaskLosses:
         """Indices of the tasks that this batch has."""
         return [index for index, loss in enumerate(self.losses) if loss is not None]
 
+    @property
+    def given(self) -> list[Tensor]:
+        """The losses that are there."""
+        return [loss for loss in self.losses if loss is not None]
+
     def loss(self, task: int) -> Tensor:
         """The loss of a task that is present."""
         loss = self.losses[task]
@@ -40,11 +45,8 @@ class TaskLosses:
 
     def values(self, device: torch.device) -> Tensor:
         """Raw losses on `device`, shape (T,), float32 or wider, NaN for absent tasks; detached."""
-        given = [loss.detach().reshape(()) for loss in self.losses if loss is not None]
-        if not given:
-            return torch.full((len(self.losses),), math.nan, device=device)
         dtype = torch.float32
-        for loss in given:
+        for loss in self.given:
             dtype = torch.promote_types(dtype, loss.dtype)
         missing = torch.full((), math.nan, dtype=dtype, device=device)
         return torch.stack(
@@ -72,19 +74,22 @@ def read_losses(losses: Losses, names: tuple[str, ...] | None, named: bool) -> T
                 f"losses must be one loss a task, got a single tensor of shape {tuple(losses.shape)}; "
                 "pass a list, a mapping or a 1-D tensor of the task losses, not their sum"
             )
-        entries: tuple[Tensor | None, ...] = losses.unbind()
+        # The caller may have switched gradients off; the single losses still need theirs.
+        with torch.enable_grad():
+            entries: tuple[Tensor | None, ...] = losses.unbind()
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
         entries = tuple(losses)
     else:
         raise TypeError(
-            f"losses must be a sequence, a mapping or a 1-D tensor of task losses, got {type(losses).__name__}"
+            f"losses must be a sequence, a mapping or a 1-D tensor of task losses, got {type(losses).__name__}; "
+            "pass [loss_a, loss_b] or {'a': loss_a, 'b': loss_b}; a closure goes to step()"
         )
     return _from_sequence(entries, names, named)
 
 
 def _from_sequence(entries: tuple[Tensor | None, ...], names: tuple[str, ...] | None, named: bool) -> TaskLosses:
     if not entries:
-        raise ValueError("losses must hold at least one task, got none")
+        raise ValueError("losses must hold at least one task, got none; pass None for each absent task")
     if named and names is not None:
         raise TypeError(
             f"losses must be a mapping, since the tasks have names {list(names)}, got {len(entries)} losses "
@@ -109,7 +114,10 @@ def _from_mapping(losses: Mapping[str, Tensor | None], names: tuple[str, ...] | 
         )
     if names is None:
         if not losses:
-            raise ValueError("losses must hold at least one task, got an empty mapping")
+            raise ValueError(
+                "losses must hold at least one task, got an empty mapping; name all tasks in the first call "
+                "(None for an absent one) or in task_weights"
+            )
         for name in losses:
             if not isinstance(name, str):
                 raise TypeError(f"losses must have task names of type str, got {name!r}")
@@ -138,7 +146,10 @@ def _check_loss(name: str, loss: Tensor | None) -> None:
             f"loss of task {name!r} must be a scalar, got shape {tuple(loss.shape)}; reduce it with .mean()"
         )
     if not loss.dtype.is_floating_point:
-        raise ValueError(f"loss of task {name!r} must be of a real floating dtype, got {loss.dtype}")
+        raise ValueError(
+            f"loss of task {name!r} must be of a real floating dtype, got {loss.dtype}; convert with .float() before "
+            "the mean"
+        )
     if not loss.requires_grad:
         raise ValueError(
             f"loss of task {name!r} must need a gradient, got one without a graph (value {loss.item()}); "

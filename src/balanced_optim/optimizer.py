@@ -14,14 +14,22 @@ from torch.optim import Optimizer
 
 from ._balance import Balance, balance_weights, beta_at
 from ._gradient_buffer import FlatGradientBuffer, GradientSum
-from ._settings import Settings, check_base_optimizer, check_schedule, read_task_weights, shared_positions
+from ._settings import (
+    Settings,
+    check_base_optimizer,
+    check_schedule,
+    norm_positions,
+    read_task_weights,
+    shared_positions,
+)
 from ._state import MethodState, check_fits, merge, split
 from ._task_gradients import (
     add_gradients,
     all_finite,
+    leaves,
     put_gradients,
     take_gradients,
-    task_backward,
+    take_pass,
     where_ok,
 )
 from ._task_losses import (
@@ -34,7 +42,7 @@ from ._task_losses import (
 )
 
 Store = FlatGradientBuffer | GradientSum
-_OWN_ATTRIBUTES = ("base_optim", "_settings", "_shared", "_names", "_priorities", "_progress")
+_OWN_ATTRIBUTES = ("base_optim", "_settings", "_shared", "_averaged", "_joint", "_names", "_priorities", "_progress")
 
 
 class _RefusedBatchError(Exception):
@@ -57,26 +65,41 @@ class _Progress:
     reached: list[bool]
     store: Store | None = None
     balance: Balance | None = None
+    norms: Tensor | None = None
+    age: int = 0
     skip_next_step: bool = False
 
 
 @dataclass(slots=True)
-class _Passes:
-    """What the backward passes of one batch left behind.
+class _Work:
+    """One batch on its way through a step.
 
     Attributes:
+        batch: the losses by task.
+        values: raw losses, shape (T,), NaN for an absent task.
+        starts: cotangents, shape (T,).
+        parameters: all of the wrapped optimizer; in the one-backward form also other leaves of the graph.
+        store: where averaged gradients go; private to this batch until the first one is through.
+        usable: boolean scalars: whether task t may still count, as far as its loss says (and, where a bad task
+            refuses the batch, as far as all tasks before it say).
         norms: of every task's averaged gradient, NaN for a task that takes no part.
-        reached: which shared parameters a task reached.
-        others: gradients of all other parameters by position, summed over tasks.
-        last: the last task's shared gradients, whose memory may be used again.
-        flags: for every pass a boolean scalar: whether its loss and its gradients were usable.
+        flags: for each present task a boolean scalar: whether its loss and its gradients were usable.
+        others: gradients of parameters that are not shared, by position, summed over tasks.
+        reached: which shared parameters the batch reached, by index.
+        last: the last task's gradients on the averaged parameters, whose memory may be used again.
     """
 
+    batch: TaskLosses
+    values: Tensor
+    starts: Tensor
+    parameters: list[Tensor]
+    store: Store
+    usable: Tensor
     norms: list[Tensor]
-    reached: set[int] = field(default_factory=set)
-    others: dict[int, Tensor] = field(default_factory=dict)
-    last: list[Tensor | None] = field(default_factory=list)
     flags: list[Tensor] = field(default_factory=list)
+    others: dict[int, Tensor] = field(default_factory=dict)
+    reached: set[int] = field(default_factory=set)
+    last: list[Tensor | None] = field(default_factory=list)
 
 
 def _of_base(name: str) -> property:
@@ -89,6 +112,13 @@ def _of_base(name: str) -> property:
         setattr(self.base_optim, name, value)
 
     return property(get, put, doc=f"`{name}` of the wrapped optimizer.")
+
+
+def _bad_gradient(whose: str) -> str:
+    return (
+        f"gradient of {whose} must be finite, got NaN or inf behind a finite loss; no parameter was changed; look for "
+        "sqrt, norm, log or a division at 0 in the loss, or pass nonfinite='skip' to leave such batches out"
+    )
 
 
 class DualBalancedOptimizer(Optimizer):
@@ -108,6 +138,11 @@ class DualBalancedOptimizer(Optimizer):
     Cost a step: T backward passes, and memory for (T + 1) * n scalars (n shared scalars), 1 * n at beta = 0
     without `max_weight`. On a GPU one wait for the device a step, none with ``nonfinite="ignore"``.
 
+    With `norm_params` (the one-backward form) norms and averages are taken on a subset of the shared parameters
+    and ONE joint backward of ``sum_t w_t * log(loss_t + eps)`` gives every shared gradient: its own, not
+    averaged. Cost: one backward pass and T short ones that stop at the subset, memory for (T + 1) scalars of the
+    subset.
+
     Differences from the paper: the average's default schedule decays (its Fig. 5 prefers that to the constant
     0.9 of the authors' code); a zero gradient gets weight 0 instead of alpha / eps; a task absent from a batch
     keeps its average and its count and contributes nothing.
@@ -123,6 +158,10 @@ class DualBalancedOptimizer(Optimizer):
         max_weight: cap on a task's weight before `task_weights`. 1 keeps the log only, None has no cap.
         task_weights: priorities >= 0, multiplied in after the rescale; a sequence of T, or a mapping by task
             name, which fixes the names.
+        norm_params: a subset of the shared parameters on which norms are measured, as in GradNorm: best the last
+            shared layer, e.g. ``trunk[-1].parameters()``; every task must depend on it. An iterable or a Module.
+        refresh_every: measure norms every m-th step and reuse them in between; needs `norm_params` (all shared
+            parameters may be given). Absent tasks and caps are still minded in every step.
         ema_dtype: dtype of the averages; None takes float32, or float64 for float64 parameters.
             torch.bfloat16 halves their memory; sums and norms are still taken in float32.
         nonfinite: what to do with a loss that is not finite (or <= -eps under the log) or a gradient that is
@@ -158,6 +197,8 @@ class DualBalancedOptimizer(Optimizer):
         norm_target: str | None = "max",
         max_weight: float | None = None,
         task_weights: Sequence[float] | Mapping[str, float] | None = None,
+        norm_params: Iterable[Tensor] | nn.Module | None = None,
+        refresh_every: int = 1,
         ema_dtype: torch.dtype | None = None,
         nonfinite: str = "raise",
     ) -> None:
@@ -165,12 +206,15 @@ class DualBalancedOptimizer(Optimizer):
         if isinstance(base_optim, DualBalancedOptimizer):
             raise TypeError("base_optim must be the plain optimizer, got a DualBalancedOptimizer; wrap it once")
         check_schedule(beta, beta_decay)
-        settings = Settings(eps, log_transform, norm_target, max_weight, ema_dtype, nonfinite)
+        settings = Settings(eps, log_transform, norm_target, max_weight, ema_dtype, nonfinite, refresh_every)
         names, priorities = read_task_weights(task_weights)
         shared = shared_positions(base_optim, shared_params)
+        measured = norm_positions(base_optim, norm_params, shared, refresh_every)
         self.base_optim = base_optim
         self._settings = settings
         self._shared = shared
+        self._joint = measured is not None
+        self._averaged = shared if measured is None else measured
         self._names, self._priorities = names, priorities
         self._progress = _Progress(beta, beta_decay, names, names is not None, [], [False] * len(shared))
         # Optimizer.__init__ would make param groups of its own; __setstate__ makes the hook tables only.
@@ -186,20 +230,16 @@ class DualBalancedOptimizer(Optimizer):
         Args:
             losses: the task losses, see `backward`; or a closure that returns them; or None for a plain step of
                 the wrapped optimizer on the `.grad` that is there, as after `backward`.
-            closure: a function that computes and returns the task losses, without calling `.backward()`.
+            closure: a function that computes and returns the task losses, without calling `.backward()`. One that
+                returns None, as trainers pass, leaves `losses` or the `.grad` of an earlier `backward` to count.
 
         Returns:
             What the closure returned, or None.
         """
-        if closure is None and callable(losses) and not isinstance(losses, (Tensor, Mapping, Sequence)):
+        if closure is None and callable(losses) and not isinstance(losses, (Tensor, Mapping, Sequence, nn.Module)):
             closure, losses = losses, None
         if closure is not None:
-            if losses is not None:
-                raise TypeError("step() takes losses or a closure, got both")
-            with torch.enable_grad():
-                losses = closure()
-            if losses is None:
-                raise TypeError("closure must return the task losses, got None")
+            losses = self._run_closure(closure, losses)  # type: ignore[arg-type]
         if losses is not None:
             self.backward(losses)  # type: ignore[arg-type]
         if self._progress.skip_next_step:
@@ -208,14 +248,36 @@ class DualBalancedOptimizer(Optimizer):
             self.base_optim.step()
         return losses if closure is not None else None
 
+    def _run_closure(self, closure: Callable[[], Any], losses: Losses | None) -> Losses | None:
+        """What the closure returned, or `losses` where a trainer passes a closure that only wraps them."""
+        if not callable(closure):
+            raise TypeError(
+                f"closure must be a function that returns the task losses, got {type(closure).__name__}; "
+                "pass losses themselves as step(losses)"
+            )
+        with torch.enable_grad():
+            returned: Losses | None = closure()
+        if returned is None:
+            filled = any(parameter.grad is not None for parameter in self._parameters())
+            if losses is None and not filled and not self._progress.skip_next_step:
+                raise TypeError(
+                    "closure must return the task losses, got None and no .grad is set; end it with `return losses`, "
+                    "without .backward()"
+                )
+            return losses
+        if losses is not None:
+            raise TypeError("step() takes losses or a closure, got both; leave one out")
+        return returned
+
     @torch.no_grad()
     def backward(self, losses: Losses) -> None:
         """Fill `.grad` from the task losses, in place of ``sum(losses).backward()``; then clip and `step()`.
 
-        As with `.backward()`, gradients are added to a `.grad` that is there, and the graph is freed. A refused
-        batch leaves parameters, `.grad` and counts as they were, and averages too if a loss is to blame; a
-        gradient that is not finite is caught before it enters its average, while averages of tasks before it in
-        the list may have taken the batch in.
+        As with `.backward()`, gradients are added to a `.grad` that is there, and the graph is freed. A batch that
+        is refused leaves parameters, `.grad` and counts as they were. Averages stay too where the form or the
+        value of a loss is to blame. What only shows during the passes (a gradient that is not finite, a used
+        graph, a task that reaches nothing) never enters its own average, but tasks before it in the list may
+        have taken the batch in: holding back all T gradients would double the memory.
 
         Args:
             losses: one scalar for each task: a sequence (None = task absent from this batch), a mapping from
@@ -231,29 +293,33 @@ class DualBalancedOptimizer(Optimizer):
         progress.skip_next_step = False
         batch = read_losses(losses, progress.tasks, progress.named)
         self._check_number_of_tasks(len(batch.names))
-        parameters, shared = self._parameters(), self._shared_parameters()
-        store = progress.store or self._new_store(shared, len(batch.names))
-        values = batch.values(store.device)
-        before = take_gradients(parameters)
+        work = self._start(batch)
+        before = take_gradients(work.parameters)
         try:
-            passes = self._run_passes(batch, values, parameters, store)
-            taken = self._taken(batch, passes, store.device)
-            norms = torch.stack(passes.norms)
+            if self._settings.nonfinite != "ignore" and work.store.device.type == "cpu":
+                self._check_losses(work)
+            measured = self._is_measured(batch)
+            if measured:
+                self._measure(work)
+            else:
+                self._reuse(work)
+            taken = self._taken(work)
+            norms = torch.stack(work.norms)
             weights = self._weights(norms)
-            combined = store.weighted_sum(weights, passes.last) if taken and passes.last else []
+            combined = self._combine(work, taken, weights)
         except BaseException as failure:
-            self._undo(parameters, before, store)
+            self._undo(work, before)
             if not isinstance(failure, _RefusedBatchError):
                 raise
             if self._settings.nonfinite == "raise":
                 raise failure.error from None
-            nothing = torch.full_like(values, math.nan), torch.zeros_like(values)
-            progress.balance = Balance(batch.names, values, *nothing, skipped=True)
+            nothing = torch.full_like(work.values, math.nan), torch.zeros_like(work.values)
+            progress.balance = Balance(batch.names, work.values, *nothing, skipped=True)
             progress.skip_next_step = True
             return
-        self._commit(batch, store, taken, passes.reached)
-        self._write(parameters, before, combined, passes.others)
-        progress.balance = Balance(batch.names, values, norms, weights, skipped=False)
+        self._commit(work, taken if measured else [], norms)
+        self._write(work, before, combined)
+        progress.balance = Balance(batch.names, work.values, norms, weights, skipped=False)
 
     @property
     def last_balance(self) -> Balance | None:
@@ -262,112 +328,182 @@ class DualBalancedOptimizer(Optimizer):
 
     # ------------------------------------------------- one batch, in the order of the calls
 
-    def _run_passes(self, batch: TaskLosses, values: Tensor, parameters: list[Tensor], store: Store) -> _Passes:
-        """One backward pass a task; its gradient goes into the store where it is usable."""
+    def _start(self, batch: TaskLosses) -> _Work:
         settings = self._settings
+        parameters = self._parameters()
+        store = self._progress.store or self._new_store(parameters, len(batch.names))
+        if self._joint:
+            known = {id(parameter) for parameter in parameters}
+            parameters += [leaf for leaf in leaves(batch.given) if id(leaf) not in known]
+        values = batch.values(store.device)
         usable = acceptable(values, settings.eps, settings.log_transform)
-        refuse, on_cpu = settings.nonfinite != "ignore", store.device.type == "cpu"
-        if refuse:
-            if on_cpu:
-                self._check_losses(batch, values)
+        if settings.nonfinite != "ignore":
             # One bad loss refuses the batch, so no average takes in any part of it.
             usable = usable[batch.present].all().expand(len(batch.names))
-        starts = cotangents(values, settings.eps, settings.log_transform).unbind()
-        others = sorted(set(range(len(parameters))) - set(self._shared))
-        passes = _Passes([torch.full((), math.nan, device=store.device)] * len(batch.names))
-        for task in batch.present:
-            retain = task != batch.present[-1]
-            found = task_backward(batch.loss(task), starts[task], batch.names[task], parameters, retain)
-            heads = {position: gradient for position in others if (gradient := found[position]) is not None}
-            ok = usable[task] & all_finite(list(heads.values()), store.device)
-            self._take(task, batch.names[task], parameters, found, ok, store, passes)
-            if refuse:
-                usable = usable & passes.flags[-1]
-            for position, gradient in heads.items():
-                kept = gradient if refuse else where_ok(passes.flags[-1], gradient)
-                passes.others[position] = add_gradients(passes.others.get(position), kept)
-        if refuse:
-            if not on_cpu:
-                self._check_losses(batch, values)
-            self._check_gradients(batch, passes)
-        return passes
+        starts = cotangents(values, settings.eps, settings.log_transform)
+        norms = [torch.full((), math.nan, device=store.device)] * len(batch.names)
+        return _Work(batch, values, starts, parameters, store, usable, norms)
 
-    def _take(
-        self,
-        task: int,
-        name: str,
-        parameters: list[Tensor],
-        found: list[Tensor | None],
-        ok: Tensor,
-        store: Store,
-        passes: _Passes,
-    ) -> None:
-        """Put one task's shared gradient into the store, if `ok` and finite, and note its norm."""
+    def _is_measured(self, batch: TaskLosses) -> bool:
+        """Whether this step measures norms: every m-th does, and one that brings a task for the first time."""
         progress = self._progress
-        shared = [found[position] for position in self._shared]
-        reached = {index for index, gradient in enumerate(shared) if gradient is not None}
-        if reached:
-            count = progress.counts[task] if progress.counts else 0
-            norm = store.propose(shared, task, beta_at(progress.beta, progress.beta_decay, count + 1))
-            ok = ok & norm.isfinite()
-            store.accept(task, ok)
-            passes.norms[task] = torch.where(ok, norm, math.nan)
-            passes.reached |= reached
-            passes.last = shared
-        elif any(parameters[position].requires_grad for position in self._shared):
-            raise ValueError(
-                f"task {name!r} reaches no shared parameter: its loss does not depend on shared_params; "
-                "leave it out of the losses (add its own .backward()), or correct shared_params"
-            )
-        passes.flags.append(ok)
+        due = progress.age % self._settings.refresh_every == 0
+        return due or any(progress.counts[task] == 0 for task in batch.present)
 
-    def _check_losses(self, batch: TaskLosses, values: Tensor) -> None:
+    def _measure(self, work: _Work) -> None:
+        """One backward pass a task; its gradient goes into the store where it is usable."""
+        batch, refuse = work.batch, self._settings.nonfinite != "ignore"
+        heads = self._heads(work)
+        inputs = self._inputs(work, [*self._averaged, *heads]) if self._joint else None
+        for task in batch.present:
+            loss, name = batch.loss(task), batch.names[task]
+            retain = self._joint or task != batch.present[-1]
+            found = take_pass([loss], [work.starts[task]], [name], work.parameters, retain_graph=retain, inputs=inputs)
+            own = {position: gradient for position in heads if (gradient := found[position]) is not None}
+            ok = work.usable[task] & all_finite(list(own.values()), work.store.device)
+            ok = self._take(work, task, found, ok)
+            work.flags.append(ok)
+            if refuse:
+                work.usable = work.usable & ok
+            for position, gradient in own.items():
+                kept = gradient if refuse else where_ok(ok, gradient)
+                work.others[position] = add_gradients(work.others.get(position), kept)
+        if refuse:
+            if work.store.device.type != "cpu":
+                self._check_losses(work)
+            self._check_gradients(work)
+
+    def _take(self, work: _Work, task: int, found: list[Tensor | None], ok: Tensor) -> Tensor:
+        """Put one task's shared gradient into the store, if `ok` and finite; return whether it was."""
+        progress, parameters = self._progress, work.parameters
+        gradients = [found[position] for position in self._averaged]
+        if all(gradient is None for gradient in gradients):
+            if any(parameters[position].requires_grad for position in self._averaged):
+                raise ValueError(self._reaches_nothing(work.batch.names[task]))
+            return ok
+        count = progress.counts[task] if progress.counts else 0
+        norm = work.store.propose(gradients, task, beta_at(progress.beta, progress.beta_decay, count + 1))
+        ok = ok & norm.isfinite()
+        work.store.accept(task, ok)
+        work.norms[task] = torch.where(ok, norm, math.nan)
+        work.reached.update(index for index, gradient in enumerate(gradients) if gradient is not None)
+        work.last = gradients
+        return ok
+
+    def _reuse(self, work: _Work) -> None:
+        """The norms as last measured, and the heads' gradients by one pass that stops at the heads."""
+        progress, batch = self._progress, work.batch
+        if progress.norms is None and isinstance(work.store, FlatGradientBuffer):
+            progress.norms = work.store.norms()
+        for task in batch.present:
+            if progress.norms is not None:
+                work.norms[task] = torch.where(work.usable[task], progress.norms[task], math.nan)
+            work.flags.append(work.usable[task])
+        heads = self._heads(work)
+        for position, gradient in zip(
+            heads, self._joint_pass(work, work.starts, heads, retain_graph=True), strict=True
+        ):
+            if gradient is not None:
+                work.others[position] = gradient
+
+    def _combine(self, work: _Work, taken: list[int], weights: Tensor) -> list[Tensor | None]:
+        """The shared gradients; empty where the batch brought none."""
+        if not self._joint:
+            return work.store.weighted_sum(weights, work.last) if taken and work.last else []
+        combined = self._joint_pass(work, work.starts * weights, self._shared, retain_graph=False)
+        work.reached = {index for index, gradient in enumerate(combined) if gradient is not None}
+        return combined
+
+    def _joint_pass(self, work: _Work, starts: Tensor, positions: list[int], retain_graph: bool) -> list[Tensor | None]:
+        """One pass from all losses that count, down to the parameters at `positions`; refused if not finite."""
+        inputs = self._inputs(work, positions)
+        tasks = self._taken(work)
+        if not inputs or not tasks:
+            return [None] * len(positions)
+        losses, names = [work.batch.loss(task) for task in tasks], [work.batch.names[task] for task in tasks]
+        found = take_pass(
+            losses, [starts[task] for task in tasks], names, work.parameters, retain_graph=retain_graph, inputs=inputs
+        )
+        gradients = [found[position] for position in positions]
+        ok = all_finite([gradient for gradient in gradients if gradient is not None], work.store.device)
+        if self._settings.nonfinite == "ignore":
+            return [None if gradient is None else where_ok(ok, gradient) for gradient in gradients]
+        if not ok:
+            raise _RefusedBatchError(RuntimeError(_bad_gradient(f"the tasks {names} together")))
+        return gradients
+
+    def _heads(self, work: _Work) -> list[int]:
+        """Positions of all parameters that are not shared."""
+        return sorted(set(range(len(work.parameters))) - set(self._shared))
+
+    @staticmethod
+    def _inputs(work: _Work, positions: list[int]) -> list[Tensor]:
+        return [work.parameters[position] for position in positions if work.parameters[position].requires_grad]
+
+    def _reaches_nothing(self, name: str) -> str:
+        if self._joint:
+            return (
+                f"task {name!r} reaches none of norm_params: its loss does not depend on them; choose shared "
+                "parameters that every task depends on, e.g. norm_params=trunk[-1].parameters()"
+            )
+        return (
+            f"task {name!r} reaches no shared parameter: its loss does not depend on shared_params; "
+            "leave it out of the losses (add its own .backward()), or correct shared_params"
+        )
+
+    def _check_losses(self, work: _Work) -> None:
         """Refuse the batch if a loss is not usable. Reads the losses on the host."""
         settings = self._settings
-        usable = acceptable(values, settings.eps, settings.log_transform).tolist()
-        for task in batch.present:
+        usable = acceptable(work.values, settings.eps, settings.log_transform).tolist()
+        for task in work.batch.present:
             if not usable[task]:
-                value = values[task].item()
-                message = describe_bad_loss(batch.names[task], value, settings.eps, settings.log_transform)
+                value = work.values[task].item()
+                message = describe_bad_loss(work.batch.names[task], value, settings.eps, settings.log_transform)
                 raise _RefusedBatchError(ValueError(message))
 
-    def _check_gradients(self, batch: TaskLosses, passes: _Passes) -> None:
+    def _check_gradients(self, work: _Work) -> None:
         """Refuse the batch if a gradient is not finite. Reads one flag a task on the host, all at once."""
-        usable = torch.stack(passes.flags).tolist() if passes.flags else []
-        for task, ok in zip(batch.present, usable, strict=True):
+        usable = torch.stack(work.flags).tolist() if work.flags else []
+        for task, ok in zip(work.batch.present, usable, strict=True):
             if not ok:
-                message = (
-                    f"gradient of task {batch.names[task]!r} must be finite, got NaN or inf behind a finite loss; "
-                    "no parameter was changed; look for sqrt, norm, log or a division at 0 in its loss, or pass "
-                    "nonfinite='skip' to leave such batches out"
-                )
-                raise _RefusedBatchError(RuntimeError(message))
+                raise _RefusedBatchError(RuntimeError(_bad_gradient(f"task {work.batch.names[task]!r}")))
 
-    def _taken(self, batch: TaskLosses, passes: _Passes, device: torch.device) -> list[int]:
+    def _taken(self, work: _Work) -> list[int]:
         """The tasks whose gradients count. An accelerator is not asked: there "ignore" counts all that came."""
-        if device.type != "cpu":
-            return batch.present
-        return [task for task, ok in zip(batch.present, passes.flags, strict=True) if ok]
+        if work.store.device.type != "cpu":
+            return work.batch.present
+        return [task for task, ok in zip(work.batch.present, work.flags, strict=True) if ok]
 
     def _weights(self, norms: Tensor) -> Tensor:
         settings = self._settings
         priorities = torch.ones_like(norms) if self._priorities is None else norms.new_tensor(self._priorities)
         return balance_weights(norms, settings.norm_target, settings.max_weight, priorities)
 
-    def _commit(self, batch: TaskLosses, store: Store, taken: list[int], reached: set[int]) -> None:
+    def _commit(self, work: _Work, averaged: list[int], norms: Tensor) -> None:
         """Count the batch; from here on the tasks are fixed."""
-        progress = self._progress
+        progress, batch = self._progress, work.batch
         if not progress.counts:
             progress.tasks, progress.named = batch.names, batch.named
             progress.counts.extend([0] * len(batch.names))
-            progress.store = store
-        first_complete = min(progress.counts) == 0 and len(taken) == len(batch.names)
-        for task in taken:
+            progress.store = work.store
+        first_complete = min(progress.counts) == 0 and len(averaged) == len(batch.names)
+        for task in averaged:
             progress.counts[task] += 1
-        for index in reached:
+        for index in work.reached:
             progress.reached[index] = True
+        if self._joint:
+            self._remember_norms(norms, averaged)
         if first_complete:
             self._warn_of_unreached()
+
+    def _remember_norms(self, norms: Tensor, averaged: list[int]) -> None:
+        """Keep the latest norm of every task, and how long ago norms were measured."""
+        progress = self._progress
+        if averaged:
+            known = norms if progress.norms is None else progress.norms
+            progress.norms = torch.where(norms.isnan(), known, norms)
+            progress.age = 0
+        progress.age += 1
 
     def _warn_of_unreached(self) -> None:
         parameters = self._parameters()
@@ -383,43 +519,38 @@ class DualBalancedOptimizer(Optimizer):
                 stacklevel=5,
             )
 
-    def _write(
-        self,
-        parameters: list[Tensor],
-        before: list[Tensor | None],
-        combined: list[Tensor | None],
-        others: dict[int, Tensor],
-    ) -> None:
+    def _write(self, work: _Work, before: list[Tensor | None], combined: list[Tensor | None]) -> None:
         """Set every `.grad`: what was there before the batch plus what the batch brought.
 
         A shared parameter that some task once reached gets zeros where this batch has nothing for it; one that
-        no task ever reached gets no `.grad`. `combined` is empty where the batch had no shared gradient at all.
+        no task ever reached gets no `.grad`.
         """
-        new = dict(others)
+        new = dict(work.others)
         for position, gradient, reached in zip(self._shared, combined, self._progress.reached, strict=False):
             if reached:
-                fresh = torch.zeros_like(parameters[position]) if gradient is None else gradient
-                new[position] = fresh.to(parameters[position].dtype)
+                parameter = work.parameters[position]
+                new[position] = torch.zeros_like(parameter) if gradient is None else gradient.to(parameter.dtype)
         after = list(before)
         for position, gradient in new.items():
             after[position] = add_gradients(before[position], gradient)
-        put_gradients(parameters, after)
+        put_gradients(work.parameters, after)
 
-    def _undo(self, parameters: list[Tensor], before: list[Tensor | None], store: Store) -> None:
+    def _undo(self, work: _Work, before: list[Tensor | None]) -> None:
         """Leave `.grad` and the counts as they were, and averages that this batch began at zero."""
-        put_gradients(parameters, before)
-        store.forget_batch()
+        put_gradients(work.parameters, before)
+        work.store.forget_batch()
         for task, count in enumerate(self._progress.counts):
             if count == 0:
-                store.clear(task)
+                work.store.clear(task)
 
-    def _new_store(self, shared: list[Tensor], tasks: int) -> Store:
-        """Rows where the method looks at all gradients at once, else a running sum."""
+    def _new_store(self, parameters: list[Tensor], tasks: int) -> Store:
+        """Rows where the method looks at all gradients at once or again later, else a running sum."""
         settings = self._settings
+        averaged = [parameters[position] for position in self._averaged]
         capped = settings.max_weight is not None and settings.norm_target is not None
-        if self._progress.beta > 0 or capped:
-            return FlatGradientBuffer(shared, tasks, settings.ema_dtype)
-        return GradientSum(shared[0].device, self._priorities or (1.0,) * tasks, settings.norm_target is not None)
+        if self._progress.beta > 0 or capped or self._joint:
+            return FlatGradientBuffer(averaged, tasks, settings.ema_dtype)
+        return GradientSum(averaged[0].device, self._priorities or (1.0,) * tasks, settings.norm_target is not None)
 
     def _check_number_of_tasks(self, tasks: int) -> None:
         if self._priorities is not None and len(self._priorities) != tasks:
@@ -448,15 +579,22 @@ class DualBalancedOptimizer(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         progress = self._progress
-        averages: list[Tensor | None] = [None] * len(self._shared)
+        averages: list[Tensor | None] = [None] * len(self._averaged)
         if isinstance(progress.store, FlatGradientBuffer):
-            rows = progress.store.averages()
-            averages = [row if reached else None for row, reached in zip(rows, progress.reached, strict=True)]
+            reached = dict(zip(self._shared, progress.reached, strict=True))
+            rows = zip(self._averaged, progress.store.averages(), strict=True)
+            averages = [row if reached[position] else None for position, row in rows]
         method = MethodState(
-            progress.tasks, progress.named, progress.counts, progress.beta, progress.beta_decay,
-            progress.reached, averages,
-        )  # fmt: skip
-        merged = merge(self.base_optim.state_dict(), method, self._shared)
+            tasks=progress.tasks,
+            named=progress.named,
+            counts=progress.counts,
+            beta=progress.beta,
+            beta_decay=progress.beta_decay,
+            age=progress.age,
+            reached=progress.reached,
+            averages=averages,
+        )
+        merged = merge(self.base_optim.state_dict(), method, self._shared, self._averaged)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             merged = post_hook(self, merged) or merged
         return merged
@@ -474,22 +612,23 @@ class DualBalancedOptimizer(Optimizer):
         """
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = pre_hook(self, state_dict) or state_dict
-        base, loaded = split(state_dict, self._shared)
+        base, loaded = split(state_dict, self._shared, self._averaged)
         progress = self._progress
-        shared = self._shared_parameters()
+        parameters = self._parameters()
         if loaded is not None:
             expected = progress.tasks or self._names_by_position()
-            check_fits(loaded, expected, progress.named, shared)
+            known = progress.tasks is not None
+            check_fits(loaded, expected, known, progress.named, [parameters[position] for position in self._averaged])
             check_schedule(loaded.beta, loaded.beta_decay)
         self.base_optim.load_state_dict(base)
         self._start_anew()
         if loaded is not None:
-            progress.beta, progress.beta_decay = loaded.beta, loaded.beta_decay
+            progress.beta, progress.beta_decay, progress.age = loaded.beta, loaded.beta_decay, loaded.age
             progress.reached[:] = loaded.reached
             if loaded.counts and loaded.tasks is not None:
                 progress.tasks, progress.named = loaded.tasks, loaded.named
                 progress.counts.extend(loaded.counts)
-                progress.store = self._new_store(shared, len(loaded.tasks))
+                progress.store = self._new_store(parameters, len(loaded.tasks))
                 if isinstance(progress.store, FlatGradientBuffer):
                     progress.store.load_averages(loaded.averages)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
@@ -501,15 +640,12 @@ class DualBalancedOptimizer(Optimizer):
         progress.tasks, progress.named = self._names, self._names is not None
         progress.counts.clear()
         progress.reached[:] = [False] * len(self._shared)
-        progress.store = progress.balance = None
+        progress.store = progress.balance = progress.norms = None
+        progress.age = 0
         progress.skip_next_step = False
 
     def _names_by_position(self) -> tuple[str, ...] | None:
         return None if self._priorities is None else tuple(str(task) for task in range(len(self._priorities)))
-
-    def _shared_parameters(self) -> list[Tensor]:
-        parameters = self._parameters()
-        return [parameters[position] for position in self._shared]
 
     def __getstate__(self) -> dict[str, Any]:
         # Hooks and a scheduler's patched `step` belong to this object and stay behind, as in torch.optim.

@@ -1,0 +1,356 @@
+"""Saving and loading: going on bit for bit, taking plain checkpoints, refusing what does not fit."""
+
+import copy
+import io
+
+import pytest
+import torch
+from conftest import assert_same, build, build_plain, every_base, named, snapshot, train
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+
+from balanced_optim import DualBalancedOptimizer
+
+
+def as_list(losses, seed):
+    return losses
+
+
+def absent(losses, seed):
+    """Task 0 misses two batches of three, task 1 every fourth, in no common rhythm."""
+    return [loss if (seed + task) % (3 if task else 4) else None for task, loss in enumerate(losses)]
+
+
+def last_comes_late(losses, seed):
+    """The last task, the only one that reaches `extra`, is not there before batch 4."""
+    return [*losses[:-1], losses[-1] if seed >= 4 else None]
+
+
+SETTINGS = {
+    "default": ({}, as_list),
+    "beta-0": ({"beta": 0.0}, as_list),
+    "constant-beta": ({"beta": 0.5, "beta_decay": 0.0}, as_list),
+    "cap": ({"max_weight": 1.5}, as_list),
+    "cap-beta-0": ({"max_weight": 1.5, "beta": 0.0}, as_list),
+    "mean-no-log": ({"norm_target": "mean", "log_transform": False}, as_list),
+    "no-rescale": ({"norm_target": None}, as_list),
+    "weights": ({"task_weights": [1.0, 0.0, 3.0]}, as_list),
+    "weights-by-name": ({"task_weights": {"c": 1.0, "a": 2.0, "b": 3.0}}, named),
+    "weights-then-names": ({"task_weights": [1.0, 2.0, 3.0]}, named),
+    "names": ({}, named),
+    "tensor": ({}, lambda losses, seed: torch.stack(losses)),
+    "absent": ({}, absent),
+    "absent-beta-0": ({"beta": 0.0}, absent),
+    "bfloat16": ({"ema_dtype": torch.bfloat16}, as_list),
+    "float64": ({"ema_dtype": torch.float64}, as_list),
+    "partly-reached": ({"extra": True}, as_list),
+    "partly-reached-late": ({"extra": True}, last_comes_late),
+}
+every_setting = pytest.mark.parametrize("setting", SETTINGS)
+
+
+def reload(state):
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# ------------------------------------------------- going on
+
+
+@every_setting
+@pytest.mark.parametrize("used_before", [False, True], ids=["fresh", "used"])
+def test_resume_bit_for_bit(setting, used_before):
+    options, form = SETTINGS[setting]
+    net, optimizer = build(tasks=3, **options)
+    train(net, optimizer, 3, form=form)
+    saved = reload({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
+    other, resumed = build(tasks=3, seed=1, **options)
+    if used_before:
+        train(other, resumed, 2, start=20, form=form)
+    other.load_state_dict(saved["net"])
+    resumed.load_state_dict(saved["optimizer"])
+    assert resumed.last_balance is None
+    assert_same(resumed.state_dict(), optimizer.state_dict())
+    train(net, optimizer, 4, start=3, form=form)
+    train(other, resumed, 4, start=3, form=form)
+    assert_same(snapshot(other, resumed), snapshot(net, optimizer))
+
+
+@pytest.mark.parametrize("setting", ["default", "beta-0", "cap-beta-0", "absent", "bfloat16"])
+def test_taking_the_state_does_not_change_the_run(setting):
+    options, form = SETTINGS[setting]
+    (net, optimizer), (twin, other) = build(tasks=3, **options), build(tasks=3, **options)
+    for seed in range(6):
+        train(net, optimizer, 1, start=seed, form=form)
+        optimizer.state_dict()
+        train(twin, other, 1, start=seed, form=form)
+    assert_same(snapshot(net, optimizer), snapshot(twin, other))
+
+
+@pytest.mark.parametrize("setting", ["default", "beta-0", "names", "weights-by-name"])
+def test_a_state_from_before_the_first_step(setting):
+    options, form = SETTINGS[setting]
+    (net, optimizer), (twin, other) = build(tasks=3, **options), build(tasks=3, **options)
+    start = reload({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
+    train(net, optimizer, 2, start=20, form=form)
+    net.load_state_dict(start["net"])
+    optimizer.load_state_dict(start["optimizer"])
+    train(net, optimizer, 3, form=form)
+    train(twin, other, 3, form=form)
+    assert_same(snapshot(net, optimizer), snapshot(twin, other))
+
+
+@every_base
+@pytest.mark.parametrize("steps", [0, 2])
+def test_loading_its_own_state_changes_nothing(base, steps):
+    """Accelerate does so before the first step."""
+    (net, optimizer), (twin, other) = build(base), build(base)
+    train(net, optimizer, steps)
+    train(twin, other, steps)
+    optimizer.load_state_dict(state_dict=optimizer.state_dict())
+    assert_same(optimizer.state_dict(), other.state_dict())
+    train(net, optimizer, 2, start=steps)
+    train(twin, other, 2, start=steps)
+    assert_same(snapshot(net, optimizer), snapshot(twin, other))
+
+
+def test_saved_beta_replaces_that_of_the_constructor():
+    net, optimizer = build(beta=0.5, beta_decay=1.0)
+    train(net, optimizer, 2)
+    other, resumed = build(beta=0.9)
+    other.load_state_dict(net.state_dict())
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    assert "beta=0.5, beta_decay=1.0" in repr(resumed)
+    train(net, optimizer, 2, start=2)
+    train(other, resumed, 2, start=2)
+    assert_same(snapshot(other, resumed), snapshot(net, optimizer))
+
+
+@every_base
+@pytest.mark.parametrize("used_before", [False, True], ids=["fresh", "used"])
+def test_a_plain_checkpoint_loads_and_averages_start_anew(base, used_before):
+    net, plain = build_plain(base)
+    for seed in range(2):
+        plain.zero_grad()
+        sum(net.losses(seed)).backward()
+        plain.step()
+    saved = reload({"net": net.state_dict(), "optimizer": plain.state_dict()})
+    twin, inner = build_plain(base)
+    twin.load_state_dict(saved["net"])
+    inner.load_state_dict(copy.deepcopy(saved["optimizer"]))
+    expected = DualBalancedOptimizer(inner, twin.trunk)
+
+    other, optimizer = build(base, seed=1)
+    if used_before:
+        train(other, optimizer, 2, form=named)
+    other.load_state_dict(saved["net"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert_same(optimizer.base_optim.state_dict(), plain.state_dict())
+    assert_same(optimizer.state_dict(), expected.state_dict())
+    train(other, optimizer, 3, start=2)
+    train(twin, expected, 3, start=2)
+    assert_same(snapshot(other, optimizer), snapshot(twin, expected))
+
+
+# ------------------------------------------------- the form of the state
+
+
+@every_base
+@pytest.mark.parametrize("steps", [0, 1])
+def test_form_of_the_state_dict(base, steps):
+    net, optimizer = build(base)
+    twin, plain = build_plain(base)
+    for seed in range(steps):
+        train(net, optimizer, 1, start=seed)
+        sum(twin.losses(seed)).backward()
+        plain.step()
+    assert optimizer.state_dict().keys() == {"state", "param_groups"}
+    assert_same(optimizer.state_dict()["param_groups"][0]["params"], plain.state_dict()["param_groups"][0]["params"])
+
+    def check_the_base_knows_nothing():
+        assert optimizer.base_optim.param_groups[0].keys() == plain.param_groups[0].keys()
+        ours, theirs = optimizer.base_optim.state, plain.state
+        assert [ours[p].keys() for p in net.parameters()] == [theirs[p].keys() for p in twin.parameters()]
+
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    check_the_base_knows_nothing()
+    assert len(optimizer.base_optim.state_dict()["state"]) == len(plain.state_dict()["state"])
+
+
+def test_the_state_dict_holds_only_what_weights_only_loading_takes():
+    net, optimizer = build(task_weights={"a": 1, "b": 2})
+    train(net, optimizer, 1, form=named)
+    assert_same(reload(optimizer.state_dict()), optimizer.state_dict())
+
+
+@every_base
+@pytest.mark.parametrize("fresh", [False, True], ids=["used", "fresh"])
+def test_distributed_checkpoint_functions_round_trip(base, fresh):
+    net, optimizer = build(base)
+    train(net, optimizer, 2)
+    saved = copy.deepcopy(get_optimizer_state_dict(net, optimizer))
+    weights = copy.deepcopy(net.state_dict())
+    assert saved.keys() == {"state", "param_groups"}
+    assert "trunk.0.weight" in saved["state"]
+    other, resumed = build(base, seed=1)
+    if not fresh:
+        train(other, resumed, 3, start=20)
+    other.load_state_dict(weights)
+    set_optimizer_state_dict(other, resumed, saved)
+    assert_same(resumed.state_dict()["param_groups"][0]["balanced_optim"]["counts"], [2, 2])
+    for model, one in ((net, optimizer), (other, resumed)):
+        train(model, one, 3, start=2)
+    assert_same(dict(other.state_dict()), dict(net.state_dict()))
+    assert_same(resumed.last_balance.weights, optimizer.last_balance.weights)
+
+
+# ------------------------------------------------- what does not fit
+
+
+def header(state):
+    return state["param_groups"][0]["balanced_optim"]
+
+
+def edit_header(**values):
+    return lambda state: header(state).update(values)
+
+
+def drop(name):
+    return lambda state: header(state).pop(name)
+
+
+def edit_average(change, positions=(0, 1)):
+    def edit(state):
+        for position in positions:
+            state["state"][position]["task_ema"] = change(state["state"][position]["task_ema"])
+
+    return edit
+
+
+def forget_averages(positions):
+    def edit(state):
+        for position in positions:
+            del state["state"][position]["task_ema"]
+
+    return edit
+
+
+def forget_last_group_entry(state):
+    state["param_groups"][0]["params"].pop()
+
+
+def shared(*picked):
+    """A wrapper of the same network whose trunk is said to be something else."""
+
+    def make():
+        net, plain = build_plain()
+        found = dict(net.named_parameters())
+        return net, DualBalancedOptimizer(plain, [found[name] for name in picked])
+
+    return make
+
+
+# id: the wrapper that loads, its steps before, their form, the edit of the saved state, the message.
+MISFITS = {
+    "other-number-of-tasks": (lambda: build(tasks=2), 1, as_list, None, r"of 2 tasks \['0', '1'\], got 3 tasks"),
+    "other-number-by-weights": (lambda: build(task_weights=[1, 2]), 0, as_list, None, r"of 2 tasks .*, got 3 tasks"),
+    "names-to-positions": (lambda: build(tasks=3), 1, named, None, r"tasks \['a', 'b', 'c'\], got .*\['0', '1', '2'\]"),
+    "names-by-weights": (
+        lambda: build(tasks=3, task_weights={"x": 1, "y": 1, "z": 1}),
+        0,
+        lambda losses, seed: dict(zip("xyz", losses, strict=True)),
+        None,
+        r"tasks \['x', 'y', 'z'\], got .*\['0', '1', '2'\].*use the names that were saved",
+    ),
+    "other-names": (
+        lambda: build(tasks=3),
+        1,
+        named,
+        edit_header(tasks=["a", "b", "z"], named=True),
+        r"tasks \['a', 'b', 'c'\], got the tasks \['a', 'b', 'z'\]",
+    ),
+    "version": (lambda: build(tasks=3), 1, as_list, edit_header(version=99), r"version 1, got version 99; load it"),
+    "no-version": (lambda: build(tasks=3), 1, as_list, drop("version"), r"version 1, got version None"),
+    "no-header": (
+        lambda: build(tasks=3),
+        1,
+        as_list,
+        lambda state: state["param_groups"][0].update(balanced_optim=7),
+        r"version 1, got version None",
+    ),
+    **{
+        f"no-{name}": (lambda: build(tasks=3), 1, as_list, drop(name), rf"must hold \['{name}'\]")
+        for name in ("tasks", "named", "counts", "beta", "beta_decay")
+    },
+    "short-counts": (lambda: build(tasks=3), 1, as_list, edit_header(counts=[1]), r"3 counts, one a task, got 1"),
+    "beta": (lambda: build(tasks=3), 1, as_list, edit_header(beta=1.5), r"beta must be a number in \[0, 1\), got 1.5"),
+    "beta-decay": (lambda: build(tasks=3), 1, as_list, edit_header(beta_decay=-1.0), r"beta_decay must be .* got -1"),
+    "average-of-other-shape": (
+        lambda: build(tasks=3),
+        0,
+        as_list,
+        edit_average(lambda average: average[:, :5]),
+        r"parameter 0 must have shape \(3, 6, 4\).*got \(3, 5, 4\).*another network",
+    ),
+    "average-of-other-tasks": (
+        lambda: build(tasks=3),
+        0,
+        as_list,
+        edit_average(lambda average: average[:2]),
+        r"must have shape \(3, 6, 4\), \(tasks, \*parameter\), got \(2, 6, 4\)",
+    ),
+    "no-averages": (lambda: build(tasks=3), 0, as_list, forget_averages([0, 1]), r"must hold task_ema .*got it for 0"),
+    "one-average-lost": (lambda: build(tasks=3), 0, as_list, forget_averages([1]), r"task_ema"),
+    "fewer-parameters": (lambda: build(tasks=3), 0, as_list, forget_last_group_entry, r"doesn't match the size"),
+    "other-shared": (
+        shared("heads.0.weight", "heads.1.weight"),
+        0,
+        as_list,
+        edit_header(tasks=["0", "1"], counts=[3, 3]),
+        r"shared_params",
+    ),
+    "fewer-shared": (shared("trunk.0.weight"), 0, as_list, None, r"shared_params"),
+    "more-shared": (shared("trunk.0.weight", "trunk.0.bias", "heads.1.weight"), 0, as_list, None, r"shared_params"),
+}
+
+
+@pytest.mark.parametrize(("make", "steps", "form", "edit", "message"), MISFITS.values(), ids=MISFITS)
+def test_a_state_that_does_not_fit_is_refused_and_changes_nothing(make, steps, form, edit, message):
+    net, optimizer = make()
+    twin, other = make()
+    # The state of the very network that loads, except where the number of tasks is what differs.
+    tasks = 3 if "got 3 tasks" in message else len(net.heads)
+    source, saver = build(tasks=tasks, seed=5)
+    train(source, saver, 3, start=30)
+    state = copy.deepcopy(saver.state_dict())
+    if edit is not None:
+        edit(state)
+    train(net, optimizer, steps, form=form)
+    train(twin, other, steps, form=form)
+    before = snapshot(twin, other)
+    assert_same(snapshot(net, optimizer), before)
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(state)
+    assert_same(snapshot(net, optimizer), before)
+    train(net, optimizer, 2, start=steps, form=form)
+    train(twin, other, 2, start=steps, form=form)
+    assert_same(snapshot(net, optimizer), snapshot(twin, other))
+
+
+def test_other_shared_params_are_refused_without_averages_too():
+    source, saver = build(beta=0.0)
+    train(source, saver, 1)
+    _, optimizer = shared("heads.0.weight", "heads.1.weight")()
+    with pytest.raises(ValueError, match="shared_params"):
+        optimizer.load_state_dict(copy.deepcopy(saver.state_dict()))
+
+
+def test_the_loaded_names_bind_the_next_step():
+    net, optimizer = build()
+    train(net, optimizer, 1, form=named)
+    other, resumed = build()
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    with pytest.raises(TypeError, match=r"losses must be a mapping, since the tasks have names \['a', 'b'\]"):
+        resumed.step(other.losses())
+    resumed.step(named(other.losses()[::-1][:1]))
