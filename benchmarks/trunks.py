@@ -58,7 +58,10 @@ class MultiTaskModel(nn.Module):
 
     def losses(self, x: Tensor, labels: Tensor) -> list[Tensor]:
         """T scalar losses; `labels` of shape (T, N)."""
-        features = self.trunk(x)
+        return self.head_losses(self.trunk(x), labels)
+
+    def head_losses(self, features: Tensor, labels: Tensor) -> list[Tensor]:
+        """The losses from the trunk's output."""
         return [
             nn.functional.cross_entropy(head(features), label) for head, label in zip(self.heads, labels, strict=True)
         ]
@@ -104,7 +107,7 @@ def _tokens(batch: int) -> Tensor:
 
 # name -> (trunk, width of its output, a batch of inputs)
 TRUNKS: dict[str, tuple[Callable[[], nn.Module], int, Callable[[], Tensor]]] = {
-    "small_mlp": (lambda: mlp(256, 256, 3), 256, lambda: torch.randn(128, 256)),
+    "small_mlp": (lambda: mlp(256, 256, 3), 256, lambda: torch.randn(256, 256)),
     "wide_mlp": (lambda: mlp(2048, 2048, 3), 2048, lambda: torch.randn(32, 2048)),
     "resnet18": (lambda: resnet18(32), 256, lambda: _images(16)),
     "transformer": (lambda: Transformer(256, 4), 256, lambda: _tokens(8)),
@@ -113,9 +116,20 @@ TRUNKS: dict[str, tuple[Callable[[], nn.Module], int, Callable[[], Tensor]]] = {
 
 
 def build(name: str, tasks: int, device: torch.device, seed: int = 0) -> tuple[MultiTaskModel, Tensor, Tensor]:
-    """A model of the named trunk with its inputs and labels of shape (T, N), on `device`."""
+    """A model of the named trunk with its inputs and labels of shape (T, N), on `device`.
+
+    Args:
+        name: one of `TRUNKS`, or "mlp1000" for two layers of width 1000 at batch 32.
+        tasks: T.
+        device: where everything lives.
+        seed: of the weights and the batch.
+    """
     torch.manual_seed(seed)
-    make, width, inputs = TRUNKS[name]
+    if name in TRUNKS:
+        make, width, inputs = TRUNKS[name]
+    else:
+        width = int(name.removeprefix("mlp"))
+        make, inputs = lambda: mlp(width, width, 2), lambda: torch.randn(32, width)
     model = MultiTaskModel(make(), width, tasks)
     x = inputs()
     labels = torch.randint(0, 10, (tasks, len(x)))

@@ -13,6 +13,7 @@ from torch import Tensor
 # Rows are summed up in pieces of this many elements: a float32 sum of squares over 1e8 elements in one go
 # is 1 % off on a CPU, and in pieces 1e-9.
 _NORM_PIECE = 4096
+_DOT_PIECE = 1 << 16
 # A weighted sum is built in pieces of this many elements, which stay in a CPU's cache.
 _SUM_PIECE = 1 << 20
 # Parameters start at multiples of this many elements, so that vectorised kernels find them aligned.
@@ -309,10 +310,18 @@ def _gather(views: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None
 
 
 def _row_norm(row: Tensor) -> Tensor:
+    """||row||_2 in float32 or wider, piece by piece."""
     dtype = accumulation_dtype(row.dtype)
+    if row.device.type == "cpu":
+        # A dot product takes half the time of a norm here, and pieces keep a half precision row's copies small.
+        return torch.stack([_square(piece.to(dtype)) for piece in torch.split(row, _DOT_PIECE)]).sum().sqrt()
     pieces: Tensor = torch.linalg.vector_norm(row.view(-1, _NORM_PIECE), dim=1, dtype=dtype)
     norm: Tensor = torch.linalg.vector_norm(pieces)
     return norm
+
+
+def _square(vector: Tensor) -> Tensor:
+    return torch.dot(vector, vector)
 
 
 def _sum_rows(rows: Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
@@ -430,13 +439,15 @@ class GradientSum:
 
 def _gradients_norm(gradients: Sequence[Tensor]) -> Tensor:
     """The joint norm of dense gradients; large ones on a CPU piece by piece, as in `_row_norm`."""
-    in_pieces = [g.device.type == "cpu" and g.numel() >= _LARGE for g in gradients]
-    norms = list(torch._foreach_norm([g for g, large in zip(gradients, in_pieces, strict=True) if not large]))
-    for gradient, large in zip(gradients, in_pieces, strict=True):
-        if large:
-            flat = _real(gradient).reshape(-1)
-            tail = flat.numel() % _NORM_PIECE
-            norms += [_row_norm(flat[: flat.numel() - tail]), torch.linalg.vector_norm(flat[flat.numel() - tail :])]
+    norms: list[Tensor] = []
+    small: list[Tensor] = []
+    for gradient in gradients:
+        if gradient.device.type == "cpu" and gradient.numel() >= _LARGE:
+            norms.append(_row_norm(_real(gradient).reshape(-1)))
+        else:
+            small.append(gradient)
+    if small:
+        norms += torch._foreach_norm(small)
     return _joint_norm(norms)
 
 

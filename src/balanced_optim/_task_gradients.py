@@ -93,14 +93,17 @@ def take_pass(
 def all_finite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
     """Whether every element of every gradient is finite, a boolean scalar on `device`; one read, no host sync.
 
-    A sum is not finite exactly where an element is not, or where the sum overflows, which no norm survives.
+    A sum of squares is not finite exactly where an element is not, or where it overflows, which no norm survives.
     """
-    sums = []
-    for gradient in gradients:
-        values = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
-        total = values.sum(dtype=torch.promote_types(values.dtype, torch.float32))
-        sums.append(total.abs().to(device, torch.float32))
-    return torch.stack(sums).isfinite().all() if sums else torch.ones((), dtype=torch.bool, device=device)
+    values = [g if g.layout is torch.strided else g.coalesce().values() for g in gradients]
+    norms = [
+        norm.to(device, torch.float32)
+        for dtype in {value.dtype for value in values}
+        for norm in torch._foreach_norm(
+            [value for value in values if value.dtype == dtype], dtype=torch.promote_types(dtype, torch.float32)
+        )
+    ]
+    return torch.stack(norms).sum().isfinite() if norms else torch.ones((), dtype=torch.bool, device=device)
 
 
 def where_ok(ok: Tensor, gradient: Tensor) -> Tensor:

@@ -353,6 +353,7 @@ class DualBalancedOptimizer(Optimizer):
     def _measure(self, work: _Work) -> None:
         """One backward pass a task; its gradient goes into the store where it is usable."""
         batch, refuse = work.batch, self._settings.nonfinite != "ignore"
+        on_cpu = work.store.device.type == "cpu"
         heads = self._heads(work)
         inputs = self._inputs(work, [*self._averaged, *heads]) if self._joint else None
         for task in batch.present:
@@ -365,11 +366,13 @@ class DualBalancedOptimizer(Optimizer):
             work.flags.append(ok)
             if refuse:
                 work.usable = work.usable & ok
+            elif on_cpu:
+                own = own if ok else {}
             for position, gradient in own.items():
-                kept = gradient if refuse else where_ok(ok, gradient)
+                kept = gradient if refuse or on_cpu else where_ok(ok, gradient)
                 work.others[position] = add_gradients(work.others.get(position), kept)
         if refuse:
-            if work.store.device.type != "cpu":
+            if not on_cpu:
                 self._check_losses(work)
             self._check_gradients(work)
 
@@ -386,15 +389,14 @@ class DualBalancedOptimizer(Optimizer):
         ok = ok & norm.isfinite()
         work.store.accept(task, ok)
         work.norms[task] = torch.where(ok, norm, math.nan)
-        work.reached.update(index for index, gradient in enumerate(gradients) if gradient is not None)
+        if work.store.device.type != "cpu" or ok:
+            work.reached.update(index for index, gradient in enumerate(gradients) if gradient is not None)
         work.last = gradients
         return ok
 
     def _reuse(self, work: _Work) -> None:
         """The norms as last measured, and the heads' gradients by one pass that stops at the heads."""
         progress, batch = self._progress, work.batch
-        if progress.norms is None and isinstance(work.store, FlatGradientBuffer):
-            progress.norms = work.store.norms()
         for task in batch.present:
             if progress.norms is not None:
                 work.norms[task] = torch.where(work.usable[task], progress.norms[task], math.nan)
@@ -631,6 +633,8 @@ class DualBalancedOptimizer(Optimizer):
                 progress.store = self._new_store(parameters, len(loaded.tasks))
                 if isinstance(progress.store, FlatGradientBuffer):
                     progress.store.load_averages(loaded.averages)
+                    # Norms belong to the averages, so a checkpoint need not hold them.
+                    progress.norms = progress.store.norms() if self._joint else None
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
