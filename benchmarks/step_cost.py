@@ -12,9 +12,11 @@ import argparse
 import gc
 import json
 import multiprocessing
+import os
 import resource
 import time
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -169,14 +171,19 @@ def quartile(values: Sequence[float], share: float) -> float:
 
 
 def measure_memory(trunk: str, tasks: int, contestants: Iterable[str], device: str, threads: int) -> list[Peak]:
-    """Peaks above the plain sum's, each from a fresh process."""
+    """Peaks above the plain sum's, each from a fresh process.
+
+    On a CPU the processes give freed memory back at once (glibc's MALLOC_MMAP_THRESHOLD_), so that a peak is of
+    what lives, not of what the allocator keeps.
+    """
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", "65536")
     context = multiprocessing.get_context("spawn")
     names = ["plain_sum", *[name for name in MEMORY_CONTESTANTS if name in contestants]]
     peaks: dict[str, int] = {}
     for name in names:
         # One process a measurement: a peak of a process never falls.
-        with context.Pool(1) as pool:
-            peaks[name] = pool.apply(peak_bytes, (trunk, tasks, name, device, threads))
+        with ProcessPoolExecutor(1, mp_context=context) as pool:
+            peaks[name] = pool.submit(peak_bytes, trunk, tasks, name, device, threads).result()
     model, _, _ = build(trunk, 1, torch.device("cpu"))
     shared = sum(parameter.numel() for parameter in model.trunk.parameters())
     return [Peak(trunk, tasks, name, round((peaks[name] - peaks["plain_sum"]) / (4 * shared), 3)) for name in names[1:]]

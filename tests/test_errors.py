@@ -100,7 +100,7 @@ BAD_CONSTRUCTIONS = [
     pytest.param(
         lambda net: ((torch.optim.Adam(net.heads.parameters()), net.trunk), {}),
         ValueError,
-        r"shared_params must all be in base_optim, but parameter '0.weight' of the module of shape \(6, 4\) is not; give",
+        r"shared_params must all be in base_optim, but parameter '0.weight' of the module of shape \(6, 4\) is not",
         id="module-not-in-base",
     ),
     pytest.param(

@@ -327,12 +327,15 @@ KINDS = [
 @pytest.mark.parametrize("every", [1, 2])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_graph_agrees_with_the_oracle(kind, every):
-    """Gradients are added to those there before: `.grad` is cleared in every other step only."""
-    net, optimizer = build(kind, refresh_every=every)
+    """Gradients are added to those there before: `.grad` is cleared in every other step only.
+
+    SGD, since Adam makes steps of rounding errors (the gradient of a bias before batch norm).
+    """
+    net, optimizer = build(kind, base="sgd", refresh_every=every)
     slow = copy.deepcopy(net)
     slow.kind = "plain" if kind == "non-reentrant" else kind
     oracle = Oracle(slow.shared, slow.upper.parameters(), slow.others, refresh_every=every)
-    base = BASES["adam"](slow.trained, 0.01)
+    base = BASES["sgd"](slow.trained, 0.01)
     for seed in range(6):
         if seed % 2 == 0:
             optimizer.zero_grad()

@@ -166,7 +166,10 @@ class DualBalancedOptimizer(Optimizer):
             torch.bfloat16 halves their memory; sums and norms are still taken in float32.
         nonfinite: what to do with a loss that is not finite (or <= -eps under the log) or a gradient that is
             not finite: "raise" an error, "skip" the batch, or "ignore": leave that task out of this batch as
-            if it were absent. In every mode no average takes a non-finite value.
+            if it were absent. In every mode no average takes a non-finite value. With `norm_params`, "ignore"
+            drops the whole shared gradient of a batch where only the joint backward is not finite, since it
+            cannot tell whose it is. On a GPU "ignore" asks nothing of the device: the count of a task left out
+            goes on, and its heads get zeros instead of no gradient.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
@@ -347,7 +350,7 @@ class DualBalancedOptimizer(Optimizer):
     def _is_measured(self, batch: TaskLosses) -> bool:
         """Whether this step measures norms: every m-th does, and one that brings a task for the first time."""
         progress = self._progress
-        due = progress.age % self._settings.refresh_every == 0
+        due = progress.age == 0 or progress.age >= self._settings.refresh_every
         return due or any(progress.counts[task] == 0 for task in batch.present)
 
     def _measure(self, work: _Work) -> None:
@@ -381,7 +384,7 @@ class DualBalancedOptimizer(Optimizer):
         progress, parameters = self._progress, work.parameters
         gradients = [found[position] for position in self._averaged]
         if all(gradient is None for gradient in gradients):
-            if any(parameters[position].requires_grad for position in self._averaged):
+            if any(parameters[position].requires_grad for position in self._shared):
                 raise ValueError(self._reaches_nothing(work.batch.names[task]))
             return ok
         count = progress.counts[task] if progress.counts else 0
@@ -401,10 +404,13 @@ class DualBalancedOptimizer(Optimizer):
             if progress.norms is not None:
                 work.norms[task] = torch.where(work.usable[task], progress.norms[task], math.nan)
             work.flags.append(work.usable[task])
+        if self._settings.nonfinite != "ignore" and work.store.device.type != "cpu":
+            self._check_losses(work)
         heads = self._heads(work)
-        for position, gradient in zip(
-            heads, self._joint_pass(work, work.starts, heads, retain_graph=True), strict=True
-        ):
+        # Not a product with 0: the start of a bad loss may be NaN.
+        starts = torch.where(work.usable, work.starts, torch.zeros_like(work.starts))
+        gradients = self._joint_pass(work, starts, heads, retain_graph=True)
+        for position, gradient in zip(heads, gradients, strict=True):
             if gradient is not None:
                 work.others[position] = gradient
 
@@ -412,7 +418,8 @@ class DualBalancedOptimizer(Optimizer):
         """The shared gradients; empty where the batch brought none."""
         if not self._joint:
             return work.store.weighted_sum(weights, work.last) if taken and work.last else []
-        combined = self._joint_pass(work, work.starts * weights, self._shared, retain_graph=False)
+        starts = torch.where(weights > 0, work.starts * weights, torch.zeros_like(work.starts))
+        combined = self._joint_pass(work, starts, self._shared, retain_graph=False)
         work.reached = {index for index, gradient in enumerate(combined) if gradient is not None}
         return combined
 
@@ -445,8 +452,8 @@ class DualBalancedOptimizer(Optimizer):
     def _reaches_nothing(self, name: str) -> str:
         if self._joint:
             return (
-                f"task {name!r} reaches none of norm_params: its loss does not depend on them; choose shared "
-                "parameters that every task depends on, e.g. norm_params=trunk[-1].parameters()"
+                f"task {name!r} reaches none of norm_params: its loss does not depend on them, or they are frozen; choose "
+                "shared parameters that every task depends on, e.g. norm_params=trunk[-1].parameters()"
             )
         return (
             f"task {name!r} reaches no shared parameter: its loss does not depend on shared_params; "
@@ -541,6 +548,8 @@ class DualBalancedOptimizer(Optimizer):
         """Leave `.grad` and the counts as they were, and averages that this batch began at zero."""
         put_gradients(work.parameters, before)
         work.store.forget_batch()
+        if self._progress.norms is not None and isinstance(work.store, FlatGradientBuffer):
+            self._progress.norms = work.store.norms()
         for task, count in enumerate(self._progress.counts):
             if count == 0:
                 work.store.clear(task)
