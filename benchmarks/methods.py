@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from balanced_optim import Balance, DualBalancedOptimizer
 from benchmarks.problem import MultiTaskNet
@@ -40,6 +40,12 @@ def dual_balanced(base_optim: torch.optim.Optimizer, model: MultiTaskNet, **opti
     return step
 
 
+def one_backward(base_optim: torch.optim.Optimizer, model: MultiTaskNet) -> Step:
+    """DB-MTL with norms on the trunk's last layer that has weights and one joint backward pass."""
+    layers = [module for module in model.trunk.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    return dual_balanced(base_optim, model, norm_params=layers[-1].parameters())
+
+
 SINGLE_TASK = "stl"
 """One network per task, each trained by `summed_loss` on that task alone."""
 
@@ -48,4 +54,5 @@ METHODS: dict[str, BuildStep] = {
     "log_only": partial(dual_balanced, norm_target=None, beta=0.0),
     "max_norm_only": partial(dual_balanced, log_transform=False),
     "db_mtl": dual_balanced,
+    "db_mtl_one_backward": one_backward,
 }

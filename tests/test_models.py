@@ -354,3 +354,36 @@ def test_models_on_a_device_or_over_two(split, method):
     for mine, theirs in zip(model.parameters(), slow.parameters(), strict=True):
         assert_near(mine.cpu(), theirs)
         assert mine.grad.device == mine.device
+
+
+@pytest.mark.parametrize("smallest", [1, 1 << 40])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_parameter_used_in_two_checkpointed_segments_is_averaged_once(smallest, reentrant, monkeypatch):
+    """A reentrant checkpoint hands a parameter's gradient over in two parts; both belong to one average."""
+    monkeypatch.setattr("balanced_optim._gradient_buffer._LARGE", smallest)
+    torch.manual_seed(0)
+    trunk = torch.nn.Linear(5, 5).double()
+    start = [parameter.detach().clone() for parameter in trunk.parameters()]
+    x = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+
+    def losses(checkpointed):
+        def layer(inputs):
+            if checkpointed:
+                return torch.utils.checkpoint.checkpoint(trunk, inputs, use_reentrant=reentrant).tanh()
+            return trunk(inputs).tanh()
+
+        features = layer(layer(x))
+        return [features.square().mean(), (features - 1).abs().mean()]
+
+    ends = []
+    for checkpointed in (False, True):
+        with torch.no_grad():
+            for parameter, value in zip(trunk.parameters(), start, strict=True):
+                parameter.copy_(value)
+        optimizer = DualBalancedOptimizer(torch.optim.SGD(trunk.parameters(), lr=0.1), trunk)
+        for _ in range(3):
+            optimizer.zero_grad()
+            optimizer.step(losses(checkpointed))
+        ends.append([parameter.detach().clone() for parameter in trunk.parameters()])
+    for plain, checkpointed in zip(*ends, strict=True):
+        torch.testing.assert_close(checkpointed, plain, rtol=1e-12, atol=1e-14)

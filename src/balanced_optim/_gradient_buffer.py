@@ -41,11 +41,12 @@ class _Place:
 
 @dataclass(frozen=True, slots=True)
 class _Segment:
-    """Columns [start, stop) of a block that are processed together, with the parameters in them."""
+    """Columns [start, stop) of a block that are processed together: one large parameter, or a run of others."""
 
     start: int
     stop: int
     members: tuple[int, ...]
+    alone: bool
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -111,6 +112,7 @@ class FlatGradientBuffer:
         self._row_of_task = list(range(tasks))
         self._spare = tasks
         self._views: dict[int, list[Tensor]] = {}
+        self._early: dict[int, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": {}}
@@ -120,11 +122,36 @@ class FlatGradientBuffer:
         """The device of the first shared parameter, where norms are gathered."""
         return self._blocks[0].device
 
+    @property
+    def large(self) -> list[int]:
+        """Parameters that gain from `propose_early`: large ones on a CPU."""
+        return [index for segments in self._segments for s in segments if s.alone for index in s.members]
+
+    @property
+    def early(self) -> set[int]:
+        """Parameters that `propose_early` has seen since the last `propose`."""
+        return set(self._early)
+
+    def propose_early(self, index: int, gradient: Tensor, task: int, beta: float) -> None:
+        """Write one large parameter's part of a proposal while its gradient is still in cache.
+
+        Called again before `propose`, as by a parameter whose gradient comes in two parts, it adds.
+        """
+        place = self._places[index]
+        spare = self._views_of(self._spare)[index]
+        if index in self._early:
+            spare.add_(_real(gradient), alpha=1 - beta)
+        else:
+            _average_into(spare, self._views_of(self._row_of_task[task])[index], gradient, beta)
+        row = self._blocks[place.block][self._spare]
+        self._early[index] = _squares(row[place.start : place.start + place.size])
+
     def propose(self, gradients: Sequence[Tensor | None], task: int, beta: float) -> Tensor:
         """Write ``beta * ema_t + (1 - beta) * g_t`` into the spare row; row t stays until `accept`.
 
         Args:
-            gradients: g_t, one entry for each parameter; None counts as zeros.
+            gradients: g_t, one entry for each parameter; None counts as zeros, except where `propose_early` has
+                seen it.
             task: t.
             beta: weight of the old average.
 
@@ -133,19 +160,21 @@ class FlatGradientBuffer:
             row holds a non-finite value or its norm overflows.
         """
         spare, old = self._views_of(self._spare), self._views_of(self._row_of_task[task])
+        early, self._early = self._early, {}
         for block, segments in zip(self._blocks, self._segments, strict=True):
             spare_row, old_row = block[self._spare], block[self._row_of_task[task]]
             narrow = block.dtype != accumulation_dtype(block.dtype)
             for segment in segments:
-                if len(segment.members) == 1 or narrow:
+                if segment.alone or narrow:
                     for member in segment.members:
-                        _average_into(spare[member], old[member], gradients[member], beta)
+                        if member not in early:
+                            _average_into(spare[member], old[member], gradients[member], beta)
                 else:
                     views = [spare[member] for member in segment.members]
                     _gather(views, [gradients[member] for member in segment.members])
                     run = slice(segment.start, segment.stop)
                     spare_row[run].lerp_(old_row[run], beta)
-        return _joint_norm([_row_norm(block[self._spare]) for block in self._blocks])
+        return self._norm_of(self._spare_rows(), early)
 
     def accept(self, task: int, ok: Tensor) -> None:
         """Make the proposed row the average of `task` where `ok`, a boolean scalar, is true; else drop it.
@@ -163,7 +192,8 @@ class FlatGradientBuffer:
             block[self._spare].zero_()
 
     def forget_batch(self) -> None:
-        """Nothing to do: a proposal that nobody accepted is overwritten by the next."""
+        """Drop what `propose_early` wrote; a proposal that nobody accepted is overwritten by the next."""
+        self._early = {}
 
     def clear(self, task: int) -> None:
         """Set the average of `task` back to zero."""
@@ -192,11 +222,7 @@ class FlatGradientBuffer:
 
     def norms(self) -> Tensor:
         """||ema_t|| of every task, shape (T,): bit for bit what `propose` returned for each."""
-        per_task = [
-            _joint_norm([_row_norm(block[self._row_of_task[task]]) for block in self._blocks])
-            for task in range(self.tasks)
-        ]
-        return torch.stack(per_task)
+        return torch.stack([self._norm_of([block[row] for block in self._blocks], {}) for row in self._row_of_task])
 
     def averages(self) -> list[Tensor]:
         """ema for each parameter, shape (T, *parameter.shape): views of the buffer, valid until the next step."""
@@ -224,20 +250,38 @@ class FlatGradientBuffer:
 
     def _segments_of(self, block: int) -> list[_Segment]:
         """Split a block into large parameters on their own and runs of small ones (one run on a GPU)."""
-        members = [index for index, place in enumerate(self._places) if place.block == block]
         on_cpu = self._blocks[block].device.type == "cpu"
-        runs: list[list[int]] = []
-        after_large = True
-        for index in members:
-            large = on_cpu and self._places[index].size >= _LARGE
-            if large or after_large:
-                runs.append([])
-            runs[-1].append(index)
-            after_large = large
-        starts = [self._places[run[0]].start for run in runs] + [self._blocks[block].shape[1]]
+        runs: list[tuple[bool, list[int]]] = []
+        for index, place in enumerate(self._places):
+            if place.block != block:
+                continue
+            alone = on_cpu and place.size >= _LARGE
+            if alone or not runs or runs[-1][0]:
+                runs.append((alone, []))
+            runs[-1][1].append(index)
+        starts = [self._places[run[0]].start for _, run in runs] + [self._blocks[block].shape[1]]
         return [
-            _Segment(start, stop, tuple(run)) for start, stop, run in zip(starts[:-1], starts[1:], runs, strict=True)
+            _Segment(
+                start, self._places[run[0]].start + self._places[run[0]].size if alone else stop, tuple(run), alone
+            )
+            for start, stop, (alone, run) in zip(starts[:-1], starts[1:], runs, strict=True)
         ]
+
+    def _spare_rows(self) -> list[Tensor]:
+        return [block[self._spare] for block in self._blocks]
+
+    def _norm_of(self, rows: list[Tensor], known: dict[int, Tensor]) -> Tensor:
+        """The joint norm of one row of each block; `known` holds squares of large parameters."""
+        norms = []
+        for row, segments in zip(rows, self._segments, strict=True):
+            parts = [
+                known[segment.members[0]]
+                if segment.members[0] in known
+                else _squares(row[segment.start : segment.stop])
+                for segment in segments
+            ]
+            norms.append(torch.cat(parts).sum().sqrt())
+        return _joint_norm(norms)
 
     def _views_of(self, row: int) -> list[Tensor]:
         if row not in self._views:
@@ -267,7 +311,7 @@ class FlatGradientBuffer:
     def _output(self, segment: _Segment, block: Tensor, reuse: Sequence[Tensor | None]) -> Tensor:
         """A flat tensor for one segment's sum: the memory of the gradient to be reused, or fresh."""
         dtype = accumulation_dtype(block.dtype)
-        if len(segment.members) == 1:
+        if segment.alone:
             place, old = self._places[segment.members[0]], reuse[segment.members[0]]
             size = place.size
             if old is not None and old.layout is torch.strided and old.dtype == dtype and old.stride() == place.stride:
@@ -309,15 +353,15 @@ def _gather(views: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None
         torch._foreach_copy_(targets, sources)
 
 
-def _row_norm(row: Tensor) -> Tensor:
-    """||row||_2 in float32 or wider, piece by piece."""
+def _squares(row: Tensor) -> Tensor:
+    """Sums of squares of the pieces of a contiguous stretch, in float32 or wider; 1-D."""
     dtype = accumulation_dtype(row.dtype)
     if row.device.type == "cpu":
         # A dot product takes half the time of a norm here, and pieces keep a half precision row's copies small.
-        return torch.stack([_square(piece.to(dtype)) for piece in torch.split(row, _DOT_PIECE)]).sum().sqrt()
-    pieces: Tensor = torch.linalg.vector_norm(row.view(-1, _NORM_PIECE), dim=1, dtype=dtype)
-    norm: Tensor = torch.linalg.vector_norm(pieces)
-    return norm
+        return torch.stack([_square(piece.to(dtype)) for piece in torch.split(row, _DOT_PIECE)])
+    whole = row.numel() // _NORM_PIECE * _NORM_PIECE
+    norms: Tensor = torch.linalg.vector_norm(row[:whole].view(-1, _NORM_PIECE), dim=1, dtype=dtype)
+    return norms.square()
 
 
 def _square(vector: Tensor) -> Tensor:
@@ -404,6 +448,11 @@ class GradientSum:
     def clear(self, task: int) -> None:
         """Nothing to do: no task has an average."""
 
+    @property
+    def early(self) -> set[int]:
+        """No parameter is seen early: every gradient must wait for its norm."""
+        return set()
+
     def forget_batch(self) -> None:
         """Drop what was added up so far."""
         self._total = []
@@ -438,12 +487,12 @@ class GradientSum:
 
 
 def _gradients_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The joint norm of dense gradients; large ones on a CPU piece by piece, as in `_row_norm`."""
+    """The joint norm of dense gradients; large ones on a CPU piece by piece, as in `_squares`."""
     norms: list[Tensor] = []
     small: list[Tensor] = []
     for gradient in gradients:
         if gradient.device.type == "cpu" and gradient.numel() >= _LARGE:
-            norms.append(_row_norm(_real(gradient).reshape(-1)))
+            norms.append(_squares(_real(gradient).reshape(-1)).sum().sqrt())
         else:
             small.append(gradient)
     if small:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -90,10 +92,31 @@ def take_pass(
     return take_gradients(parameters)
 
 
-def all_finite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Whether every element of every gradient is finite, a boolean scalar on `device`; one read, no host sync.
+@contextmanager
+def at_once(parameters: Sequence[Tensor], use: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """While this is open, each parameter's gradient goes to `use(index, gradient)` as soon as a pass has made it."""
 
-    A sum of squares is not finite exactly where an element is not, or where it overflows, which no norm survives.
+    def hook(index: int, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            use(index, parameter.grad)
+            parameter.grad = None
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(partial(hook, index))  # type: ignore[no-untyped-call]
+        for index, parameter in enumerate(parameters)
+        if parameter.requires_grad
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def joint_size(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
+    """The sum of the gradients' norms, a scalar on `device`: finite exactly where every element is.
+
+    (Or where a square overflows, which no norm survives.) One read, no host sync.
     """
     values = [g if g.layout is torch.strided else g.coalesce().values() for g in gradients]
     norms = [
@@ -103,7 +126,7 @@ def all_finite(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
             [value for value in values if value.dtype == dtype], dtype=torch.promote_types(dtype, torch.float32)
         )
     ]
-    return torch.stack(norms).sum().isfinite() if norms else torch.ones((), dtype=torch.bool, device=device)
+    return torch.stack(norms).sum() if norms else torch.zeros((), device=device)
 
 
 def where_ok(ok: Tensor, gradient: Tensor) -> Tensor:

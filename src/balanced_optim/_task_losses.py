@@ -159,8 +159,8 @@ def _check_loss(name: str, loss: Tensor | None) -> None:
 
 def acceptable(values: Tensor, eps: float, log_transform: bool) -> Tensor:
     """Boolean, shape (T,): finite, and above -eps where the log is taken. False for absent tasks (NaN)."""
-    finite = values.isfinite()
-    return finite & (values > -eps) if log_transform else finite
+    # Comparisons with NaN are false; isfinite() would take several passes.
+    return (values > (-eps if log_transform else -math.inf)) & (values < math.inf)
 
 
 def describe_bad_loss(name: str, value: float, eps: float, log_transform: bool) -> str:

@@ -25,7 +25,8 @@ from ._settings import (
 from ._state import MethodState, check_fits, merge, split
 from ._task_gradients import (
     add_gradients,
-    all_finite,
+    at_once,
+    joint_size,
     leaves,
     put_gradients,
     take_gradients,
@@ -360,12 +361,9 @@ class DualBalancedOptimizer(Optimizer):
         heads = self._heads(work)
         inputs = self._inputs(work, [*self._averaged, *heads]) if self._joint else None
         for task in batch.present:
-            loss, name = batch.loss(task), batch.names[task]
-            retain = self._joint or task != batch.present[-1]
-            found = take_pass([loss], [work.starts[task]], [name], work.parameters, retain_graph=retain, inputs=inputs)
+            found = self._pass(work, task, inputs)
             own = {position: gradient for position in heads if (gradient := found[position]) is not None}
-            ok = work.usable[task] & all_finite(list(own.values()), work.store.device)
-            ok = self._take(work, task, found, ok)
+            ok = self._take(work, task, found, joint_size(list(own.values()), work.store.device))
             work.flags.append(ok)
             if refuse:
                 work.usable = work.usable & ok
@@ -379,21 +377,53 @@ class DualBalancedOptimizer(Optimizer):
                 self._check_losses(work)
             self._check_gradients(work)
 
-    def _take(self, work: _Work, task: int, found: list[Tensor | None], ok: Tensor) -> Tensor:
-        """Put one task's shared gradient into the store, if `ok` and finite; return whether it was."""
-        progress, parameters = self._progress, work.parameters
-        gradients = [found[position] for position in self._averaged]
-        if all(gradient is None for gradient in gradients):
-            if any(parameters[position].requires_grad for position in self._shared):
-                raise ValueError(self._reaches_nothing(work.batch.names[task]))
-            return ok
+    def _pass(self, work: _Work, task: int, inputs: list[Tensor] | None) -> list[Tensor | None]:
+        """One task's gradients on all parameters; those on large shared ones may be in the store already."""
+        batch, store, beta = work.batch, work.store, self._beta(task)
+        retain = self._joint or task != batch.present[-1]
+        early = store.large if isinstance(store, FlatGradientBuffer) else []
+        large = [work.parameters[self._averaged[index]] for index in early]
+
+        def average(index: int, gradient: Tensor) -> None:
+            if isinstance(store, FlatGradientBuffer):
+                store.propose_early(early[index], gradient, task, beta)
+
+        with at_once(large, average):
+            return take_pass(
+                [batch.loss(task)],
+                [work.starts[task]],
+                [batch.names[task]],
+                work.parameters,
+                retain_graph=retain,
+                inputs=inputs,
+            )
+
+    def _beta(self, task: int) -> float:
+        progress = self._progress
         count = progress.counts[task] if progress.counts else 0
-        norm = work.store.propose(gradients, task, beta_at(progress.beta, progress.beta_decay, count + 1))
-        ok = ok & norm.isfinite()
+        return beta_at(progress.beta, progress.beta_decay, count + 1)
+
+    def _take(self, work: _Work, task: int, found: list[Tensor | None], size: Tensor) -> Tensor:
+        """Put one task's shared gradient into the store if all is finite; return whether it was.
+
+        Args:
+            work: the batch.
+            task: its task.
+            found: gradients on all parameters.
+            size: of the task's other gradients, not finite where one of them is not.
+        """
+        gradients = [found[position] for position in self._averaged]
+        reached = {index for index, gradient in enumerate(gradients) if gradient is not None} | work.store.early
+        if not reached:
+            if any(work.parameters[position].requires_grad for position in self._shared):
+                raise ValueError(self._reaches_nothing(work.batch.names[task]))
+            return work.usable[task] & (size < math.inf)
+        norm = work.store.propose(gradients, task, self._beta(task))
+        ok = work.usable[task] & (norm + size < math.inf)
         work.store.accept(task, ok)
         work.norms[task] = torch.where(ok, norm, math.nan)
         if work.store.device.type != "cpu" or ok:
-            work.reached.update(index for index, gradient in enumerate(gradients) if gradient is not None)
+            work.reached |= reached
         work.last = gradients
         return ok
 
@@ -434,7 +464,7 @@ class DualBalancedOptimizer(Optimizer):
             losses, [starts[task] for task in tasks], names, work.parameters, retain_graph=retain_graph, inputs=inputs
         )
         gradients = [found[position] for position in positions]
-        ok = all_finite([gradient for gradient in gradients if gradient is not None], work.store.device)
+        ok = joint_size([gradient for gradient in gradients if gradient is not None], work.store.device) < math.inf
         if self._settings.nonfinite == "ignore":
             return [None if gradient is None else where_ok(ok, gradient) for gradient in gradients]
         if not ok:
@@ -452,8 +482,8 @@ class DualBalancedOptimizer(Optimizer):
     def _reaches_nothing(self, name: str) -> str:
         if self._joint:
             return (
-                f"task {name!r} reaches none of norm_params: its loss does not depend on them, or they are frozen; choose "
-                "shared parameters that every task depends on, e.g. norm_params=trunk[-1].parameters()"
+                f"task {name!r} reaches none of norm_params: its loss does not depend on them, or they are frozen; "
+                "choose some that every task depends on, e.g. norm_params=trunk[-1].parameters()"
             )
         return (
             f"task {name!r} reaches no shared parameter: its loss does not depend on shared_params; "
