@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from benchmarks.methods import SINGLE_TASK
@@ -74,7 +75,7 @@ def make_table(summary: Mapping[str, MethodSummary], tasks: Iterable[Task], titl
     An arrow says which way is better.
     """
     tasks = tuple(tasks)
-    table = Table(title=title)
+    table = Table(title=title, box=SIMPLE_HEAD)
     table.add_column("method", no_wrap=True)
     for task in tasks:
         arrow = "↑" if task.higher_is_better else "↓"
@@ -87,4 +88,4 @@ def make_table(summary: Mapping[str, MethodSummary], tasks: Iterable[Task], titl
 
 
 def _format(spread: Spread, *, digits: int, sign: str = "") -> str:
-    return f"{spread.mean:{sign}.{digits}f} ± {spread.std:.{digits}f}"
+    return f"{spread.mean:{sign}.{digits}f}±{spread.std:.{digits}f}"

@@ -81,8 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     peaks: list[Peak] = []
     for tasks in track(options.memory_tasks, "memory", console=console):
         peaks += measure_memory(MEMORY_TRUNK, tasks, options.contestants, str(device), options.threads)
-    console.print(time_table(cells, options.contestants))
-    console.print(memory_table(peaks))
+    for trunk in options.trunks:
+        console.print(time_table(trunk, [cell for cell in cells if cell.trunk == trunk]))
+    if peaks:
+        console.print(memory_table(peaks))
     write(options.out, cells, peaks, device)
     console.print(f"Figures and pictures are in {options.out}")
 
@@ -201,18 +203,16 @@ def peak_bytes(trunk: str, tasks: int, contestant: str, device: str, threads: in
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def time_table(cells: Sequence[Cell], contestants: Sequence[str]) -> Table:
-    """Times as multiples of the floor and, in brackets, of the plain sum."""
-    table = Table(title="A step's time: x floor (x plain sum)")
-    table.add_column("trunk, T")
-    for name in contestants:
-        table.add_column(name, justify="right")
-    rows: dict[tuple[str, int], dict[str, Cell]] = {}
-    for cell in cells:
-        rows.setdefault((cell.trunk, cell.tasks), {})[cell.contestant] = cell
-    for (trunk, tasks), row in rows.items():
-        shown = [f"{row[name].to_floor:.2f} ({row[name].to_plain:.2f})" for name in contestants]
-        table.add_row(f"{trunk}, {tasks}", *shown)
+def time_table(trunk: str, cells: Sequence[Cell]) -> Table:
+    """One trunk's times as multiples of the floor and, in brackets, of the plain sum; a column for each T."""
+    table = Table(title=f"{trunk}: a step's time, x floor (x plain sum)")
+    table.add_column("contestant", no_wrap=True)
+    columns = sorted({cell.tasks for cell in cells})
+    for tasks in columns:
+        table.add_column(f"T = {tasks}", justify="right", no_wrap=True)
+    for name in dict.fromkeys(cell.contestant for cell in cells):
+        row = {cell.tasks: f"{cell.to_floor:.2f} ({cell.to_plain:.2f})" for cell in cells if cell.contestant == name}
+        table.add_row(name, *[row[tasks] for tasks in columns])
     return table
 
 

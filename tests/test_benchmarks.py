@@ -97,7 +97,9 @@ def test_step_cost_measures_each_contestant_against_the_floor(tmp_path, capsys):
     assert cells[2, "floor"]["to_floor"] == cells[2, "plain_sum"]["to_plain"] == 1
     assert all(cell["turns"] >= 5 and cell["milliseconds"] is None for cell in cells.values())
     assert (tmp_path / "time.png").read_bytes().startswith(b"\x89PNG")
-    assert "mlp8, 3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "T = 3" in printed
+    assert "one_backward" in printed
 
 
 def test_step_cost_peak_is_that_of_a_fresh_process():

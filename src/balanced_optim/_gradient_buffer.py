@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Rows are summed up in pieces of this many elements: a float32 sum of squares over 1e8 elements in one go
-# is 1 % off on a CPU, and in pieces 1e-9.
-_NORM_PIECE = 4096
+# A CPU sums squares in pieces of this many elements: in one go over 1e8 elements float32 is 1 % off.
 _DOT_PIECE = 1 << 16
 # A weighted sum is built in pieces of this many elements, which stay in a CPU's cache.
 _SUM_PIECE = 1 << 20
@@ -21,6 +19,11 @@ _ALIGNMENT = 16
 # On a CPU a parameter of at least this many elements is read and written on its own: that saves a copy, and
 # a flat result of many megabytes would be fresh memory, whose page faults cost more than the arithmetic.
 _LARGE = 1 << 17
+
+
+# What a CPU knows at once is a Python number, what another device computes a scalar tensor that nobody waits for.
+Scalar = float | Tensor
+Flag = bool | Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,13 +66,26 @@ def _real(gradient: Tensor) -> Tensor:
     return gradient
 
 
-def _joint_norm(norms: Sequence[Tensor]) -> Tensor:
-    """||(a, b, ...)||_2 from the norms of the parts, on the device of the first part."""
-    if len(norms) == 1:
-        return norms[0]
-    dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
-    joint: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(norms[0].device, dtype) for norm in norms]))
+def _joint_norm(norms: Sequence[Scalar], device: torch.device) -> Scalar:
+    """||(a, b, ...)||_2 from the norms of the parts: a number on a CPU, a tensor on another `device`."""
+    if device.type == "cpu":
+        return math.hypot(*[float(norm) for norm in norms])
+    tensors = [torch.as_tensor(norm).to(device) for norm in norms]
+    dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in tensors) else torch.float32
+    joint: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(dtype) for norm in tensors]))
     return joint
+
+
+def stack_scalars(values: Sequence[Scalar], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Numbers and scalar tensors as one vector on `device`; NaN numbers stand for what is missing."""
+    if device.type == "cpu":
+        return torch.tensor([float(value) for value in values], dtype=dtype)
+    return torch.stack(
+        [
+            v.to(device, dtype) if isinstance(v, Tensor) else torch.full((), v, dtype=dtype, device=device)
+            for v in values
+        ]
+    )
 
 
 class FlatGradientBuffer:
@@ -105,14 +121,14 @@ class FlatGradientBuffer:
             self._places.append(place)
             sizes[block] += math.ceil(place.size / _ALIGNMENT) * _ALIGNMENT
         self._blocks = [
-            torch.zeros(tasks + 1, max(1, math.ceil(size / _NORM_PIECE)) * _NORM_PIECE, device=device, dtype=row)
+            torch.zeros(tasks + 1, size, device=device, dtype=row)
             for (device, row), size in zip(keys, sizes, strict=True)
         ]
         self._segments = [self._segments_of(block) for block in range(len(self._blocks))]
         self._row_of_task = list(range(tasks))
         self._spare = tasks
         self._views: dict[int, list[Tensor]] = {}
-        self._early: dict[int, Tensor] = {}
+        self._early: dict[int, Scalar] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_views": {}}
@@ -144,9 +160,9 @@ class FlatGradientBuffer:
         else:
             _average_into(spare, self._views_of(self._row_of_task[task])[index], gradient, beta)
         row = self._blocks[place.block][self._spare]
-        self._early[index] = _squares(row[place.start : place.start + place.size])
+        self._early[index] = _norm(row[place.start : place.start + place.size])
 
-    def propose(self, gradients: Sequence[Tensor | None], task: int, beta: float) -> Tensor:
+    def propose(self, gradients: Sequence[Tensor | None], task: int, beta: float) -> Scalar:
         """Write ``beta * ema_t + (1 - beta) * g_t`` into the spare row; row t stays until `accept`.
 
         Args:
@@ -156,8 +172,8 @@ class FlatGradientBuffer:
             beta: weight of the old average.
 
         Returns:
-            The norm of the proposed row, a scalar tensor of float32 or float64; not finite exactly where the
-            row holds a non-finite value or its norm overflows.
+            The norm of the proposed row; not finite exactly where the row holds a non-finite value or its norm
+            overflows. On a CPU a number, on an accelerator a scalar tensor that nobody has waited for.
         """
         spare, old = self._views_of(self._spare), self._views_of(self._row_of_task[task])
         early, self._early = self._early, {}
@@ -176,17 +192,17 @@ class FlatGradientBuffer:
                     spare_row[run].lerp_(old_row[run], beta)
         return self._norm_of(self._spare_rows(), early)
 
-    def accept(self, task: int, ok: Tensor) -> None:
-        """Make the proposed row the average of `task` where `ok`, a boolean scalar, is true; else drop it.
+    def accept(self, task: int, ok: Flag) -> None:
+        """Make the proposed row the average of `task` if `ok`, else drop it.
 
-        On a CPU two row numbers trade places. On an accelerator `ok` is not read by the host, and the row is
-        copied or kept there.
+        With a Python bool two row numbers trade places. A boolean tensor is not read by the host: the row is
+        copied or kept on the device.
         """
-        if self.device.type == "cpu" and ok:
+        if ok is True:
             self._spare, self._row_of_task[task] = self._row_of_task[task], self._spare
             return
         for block in self._blocks:
-            if self.device.type != "cpu":
+            if isinstance(ok, Tensor):
                 row = block[self._row_of_task[task]]
                 torch.where(ok.to(block.device), block[self._spare], row, out=row)
             block[self._spare].zero_()
@@ -220,9 +236,15 @@ class FlatGradientBuffer:
                     result[member] = torch.view_as_complex(view) if place.dtype.is_complex else view
         return result
 
+    @property
+    def norm_dtype(self) -> torch.dtype:
+        """float32, or float64 where a row is of double precision."""
+        return torch.float64 if any(block.dtype == torch.float64 for block in self._blocks) else torch.float32
+
     def norms(self) -> Tensor:
         """||ema_t|| of every task, shape (T,): bit for bit what `propose` returned for each."""
-        return torch.stack([self._norm_of([block[row] for block in self._blocks], {}) for row in self._row_of_task])
+        norms = [self._norm_of([block[row] for block in self._blocks], {}) for row in self._row_of_task]
+        return stack_scalars(norms, self.norm_dtype, self.device)
 
     def averages(self) -> list[Tensor]:
         """ema for each parameter, shape (T, *parameter.shape): views of the buffer, valid until the next step."""
@@ -270,18 +292,14 @@ class FlatGradientBuffer:
     def _spare_rows(self) -> list[Tensor]:
         return [block[self._spare] for block in self._blocks]
 
-    def _norm_of(self, rows: list[Tensor], known: dict[int, Tensor]) -> Tensor:
-        """The joint norm of one row of each block; `known` holds squares of large parameters."""
-        norms = []
-        for row, segments in zip(rows, self._segments, strict=True):
-            parts = [
-                known[segment.members[0]]
-                if segment.members[0] in known
-                else _squares(row[segment.start : segment.stop])
-                for segment in segments
-            ]
-            norms.append(torch.cat(parts).sum().sqrt())
-        return _joint_norm(norms)
+    def _norm_of(self, rows: list[Tensor], known: dict[int, Scalar]) -> Scalar:
+        """The joint norm of one row of each block; `known` holds the norms of large parameters."""
+        norms = [
+            known[segment.members[0]] if segment.members[0] in known else _norm(row[segment.start : segment.stop])
+            for row, segments in zip(rows, self._segments, strict=True)
+            for segment in segments
+        ]
+        return _joint_norm(norms, self.device)
 
     def _views_of(self, row: int) -> list[Tensor]:
         if row not in self._views:
@@ -353,19 +371,18 @@ def _gather(views: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None
         torch._foreach_copy_(targets, sources)
 
 
-def _squares(row: Tensor) -> Tensor:
-    """Sums of squares of the pieces of a contiguous stretch, in float32 or wider; 1-D."""
+def _norm(row: Tensor) -> Scalar:
+    """The norm of a contiguous stretch, summed in float32 or wider; a number on a CPU."""
     dtype = accumulation_dtype(row.dtype)
     if row.device.type == "cpu":
         # A dot product takes half the time of a norm here, and pieces keep a half precision row's copies small.
-        return torch.stack([_square(piece.to(dtype)) for piece in torch.split(row, _DOT_PIECE)])
-    whole = row.numel() // _NORM_PIECE * _NORM_PIECE
-    norms: Tensor = torch.linalg.vector_norm(row[:whole].view(-1, _NORM_PIECE), dim=1, dtype=dtype)
-    return norms.square()
+        return math.sqrt(sum(_square(piece.to(dtype)) for piece in torch.split(row, _DOT_PIECE)))
+    norm: Tensor = torch.linalg.vector_norm(row, dtype=dtype)
+    return norm
 
 
-def _square(vector: Tensor) -> Tensor:
-    return torch.dot(vector, vector)
+def _square(vector: Tensor) -> float:
+    return torch.dot(vector, vector).item()
 
 
 def _sum_rows(rows: Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
@@ -415,25 +432,28 @@ class GradientSum:
         self._priorities = priorities
         self._normalise = normalise
         self._total: list[Tensor | None] = []
-        self._scales: dict[int, Tensor] = {}
-        self._reference: Tensor | None = None
-        self._proposal: tuple[list[Tensor | None], Tensor] | None = None
+        self.norm_dtype = torch.float32
+        self._scales: dict[int, Scalar] = {}
+        self._reference: Scalar = 0.0
+        self._proposal: tuple[list[Tensor | None], Scalar] | None = None
 
-    def propose(self, gradients: Sequence[Tensor | None], task: int, beta: float) -> Tensor:  # noqa: ARG002
+    def propose(self, gradients: Sequence[Tensor | None], task: int, beta: float) -> Scalar:  # noqa: ARG002
         """Take g_t and return ||g_t||; the gradients are overwritten by `accept`."""
         wide = [None if g is None else _wide(g) for g in gradients]
         present = [g for g in wide if g is not None]
-        norm = _gradients_norm(present).to(self.device)
+        norm = _gradients_norm(present, self.device)
+        if any(g.dtype in (torch.float64, torch.complex128) for g in present):
+            self.norm_dtype = torch.float64
         self._proposal = (wide, norm)
         return norm
 
-    def accept(self, task: int, ok: Tensor) -> None:
-        """Add the proposed gradient where `ok`, a boolean scalar, is true; else drop it."""
+    def accept(self, task: int, ok: Flag) -> None:
+        """Add the proposed gradient if `ok`, else drop it; a boolean tensor is not read by the host."""
         if self._proposal is None:
             raise RuntimeError("accept() must follow propose()")
         gradients, norm = self._proposal
         self._proposal = None
-        if self.device.type == "cpu" and not ok:
+        if ok is False:
             return
         scale = self._scales[task] = self._scale(norm, self._priorities[task], ok)
         if not self._total:
@@ -441,7 +461,7 @@ class GradientSum:
         for index, gradient in enumerate(gradients):
             if gradient is None:
                 continue
-            if self.device.type != "cpu":
+            if isinstance(ok, Tensor):
                 gradient.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
             self._total[index] = _add_scaled(self._total[index], gradient, scale)
 
@@ -457,27 +477,31 @@ class GradientSum:
         """Drop what was added up so far."""
         self._total = []
         self._scales = {}
-        self._reference = None
+        self._reference = 0.0
         self._proposal = None
 
-    def _scale(self, norm: Tensor, priority: float, ok: Tensor) -> Tensor:
+    def _scale(self, norm: Scalar, priority: float, ok: Flag) -> Scalar:
         """What g_t is multiplied by on arrival: w_t up to a factor common to all tasks; 0 if it does not count."""
-        scale = torch.full_like(norm, priority)
-        if self._normalise:
-            if self._reference is None:
-                self._reference = torch.zeros_like(norm)
-            self._reference = torch.where(self._reference > 0, self._reference, norm.nan_to_num(0.0, 0.0))
-            scale = scale * (self._reference / norm)
-        return torch.where(ok & (norm > 0), scale, torch.zeros_like(scale))
+        if isinstance(norm, Tensor):
+            counts = (norm > 0) & ok
+            usable = torch.where(counts, norm, 0.0)
+            self._reference = torch.where(
+                torch.as_tensor(self._reference, device=norm.device) > 0, self._reference, usable
+            )
+            relative = self._reference / norm if self._normalise else torch.ones_like(norm)
+            return torch.where(counts, priority * relative, 0.0)
+        self._reference = self._reference or norm
+        if norm == 0:
+            return 0.0
+        return priority * float(self._reference / norm) if self._normalise else priority
 
     def weighted_sum(self, weights: Tensor, reuse: Sequence[Tensor | None]) -> list[Tensor | None]:
         """The sum for each parameter, None where no task reached it; starts a new sum. `reuse` is not needed."""
         del reuse
         tasks = list(self._scales)
-        scales = torch.stack([self._scales[task] for task in tasks])
-        ratios = weights[tasks].to(scales) / scales
+        scales = stack_scalars(list(self._scales.values()), weights.dtype, weights.device)
         # Every ratio is alpha in units of the reference; a task that does not count has scale 0.
-        factor = torch.where(scales > 0, ratios, torch.zeros_like(ratios)).amax()
+        factor = torch.where(scales > 0, weights[tasks] / scales, 0.0).amax()
         total = self._total
         self.forget_batch()
         for tensor in total:
@@ -486,18 +510,18 @@ class GradientSum:
         return total
 
 
-def _gradients_norm(gradients: Sequence[Tensor]) -> Tensor:
-    """The joint norm of dense gradients; large ones on a CPU piece by piece, as in `_squares`."""
-    norms: list[Tensor] = []
+def _gradients_norm(gradients: Sequence[Tensor], device: torch.device) -> Scalar:
+    """The joint norm of dense gradients; large ones on a CPU piece by piece, as in `_norm`."""
+    norms: list[Scalar] = []
     small: list[Tensor] = []
     for gradient in gradients:
         if gradient.device.type == "cpu" and gradient.numel() >= _LARGE:
-            norms.append(_squares(_real(gradient).reshape(-1)).sum().sqrt())
+            norms.append(_norm(_real(gradient).reshape(-1)))
         else:
             small.append(gradient)
     if small:
         norms += torch._foreach_norm(small)
-    return _joint_norm(norms)
+    return _joint_norm(norms, device)
 
 
 def _wide(gradient: Tensor) -> Tensor:
@@ -506,10 +530,9 @@ def _wide(gradient: Tensor) -> Tensor:
     return gradient.to(torch.promote_types(gradient.dtype, torch.float32))
 
 
-def _add_scaled(total: Tensor | None, gradient: Tensor, scale: Tensor) -> Tensor:
+def _add_scaled(total: Tensor | None, gradient: Tensor, scale: Scalar) -> Tensor:
     """total + scale * gradient, in place on either."""
-    if total is None:
-        return gradient.mul_(scale.to(gradient.device))
-    if scale.device.type == "cpu":
-        return total.add_(gradient, alpha=scale.item())
-    return total.addcmul_(gradient, scale.to(gradient.device))
+    if isinstance(scale, Tensor):
+        scaled = gradient.mul_(scale.to(gradient.device))
+        return scaled if total is None else total.add_(scaled)
+    return gradient.mul_(scale) if total is None else total.add_(gradient, alpha=scale)

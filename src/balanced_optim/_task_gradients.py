@@ -51,6 +51,12 @@ def leaves(losses: Sequence[Tensor]) -> list[Tensor]:
     return found
 
 
+def _start(loss: Tensor, cotangent: Tensor) -> Tensor:
+    if cotangent.dtype == loss.dtype and cotangent.device == loss.device and loss.dim() == 0:
+        return cotangent
+    return cotangent.to(loss.device, loss.dtype).reshape(loss.shape)
+
+
 def take_pass(
     losses: Sequence[Tensor],
     cotangents: Sequence[Tensor],
@@ -73,7 +79,7 @@ def take_pass(
         retain_graph: keep the graph for another pass.
         inputs: stop at these: on a trunk's last layer the pass never enters the layers before.
     """
-    starts = [c.to(loss.device, loss.dtype).reshape(loss.shape) for loss, c in zip(losses, cotangents, strict=True)]
+    starts = [_start(loss, cotangent) for loss, cotangent in zip(losses, cotangents, strict=True)]
     try:
         torch.autograd.backward(losses, starts, retain_graph=retain_graph, inputs=inputs)
     except RuntimeError as error:
@@ -113,20 +119,22 @@ def at_once(parameters: Sequence[Tensor], use: Callable[[int, Tensor], None]) ->
             handle.remove()
 
 
-def joint_size(gradients: Sequence[Tensor], device: torch.device) -> Tensor:
-    """The sum of the gradients' norms, a scalar on `device`: finite exactly where every element is.
+def joint_size(gradients: Sequence[Tensor], device: torch.device) -> float | Tensor:
+    """The sum of the gradients' norms: finite exactly where every element is, and no square overflows.
 
-    (Or where a square overflows, which no norm survives.) One read, no host sync.
+    One read. A number where `device` is a CPU, else a scalar on it that the host has not waited for.
     """
     values = [g if g.layout is torch.strided else g.coalesce().values() for g in gradients]
     norms = [
-        norm.to(device, torch.float32)
+        norm
         for dtype in {value.dtype for value in values}
         for norm in torch._foreach_norm(
             [value for value in values if value.dtype == dtype], dtype=torch.promote_types(dtype, torch.float32)
         )
     ]
-    return torch.stack(norms).sum() if norms else torch.zeros((), device=device)
+    if device.type == "cpu" or not norms:
+        return float(sum(norm.item() for norm in norms))
+    return torch.stack([norm.to(device, torch.float32) for norm in norms]).sum()
 
 
 def where_ok(ok: Tensor, gradient: Tensor) -> Tensor:

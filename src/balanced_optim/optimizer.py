@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ._balance import Balance, balance_weights, beta_at
-from ._gradient_buffer import FlatGradientBuffer, GradientSum
+from ._gradient_buffer import Flag, FlatGradientBuffer, GradientSum, Scalar, stack_scalars
 from ._settings import (
     Settings,
     check_base_optimizer,
@@ -81,10 +81,10 @@ class _Work:
         starts: cotangents, shape (T,).
         parameters: all of the wrapped optimizer; in the one-backward form also other leaves of the graph.
         store: where averaged gradients go; private to this batch until the first one is through.
-        usable: boolean scalars: whether task t may still count, as far as its loss says (and, where a bad task
-            refuses the batch, as far as all tasks before it say).
+        usable: for every task whether it may count as far as its loss says and, where a bad task refuses the
+            batch, as far as all losses say. Bools on a CPU, else scalar tensors.
         norms: of every task's averaged gradient, NaN for a task that takes no part.
-        flags: for each present task a boolean scalar: whether its loss and its gradients were usable.
+        flags: for each present task whether its loss and its gradients were usable.
         others: gradients of parameters that are not shared, by position, summed over tasks.
         reached: which shared parameters the batch reached, by index.
         last: the last task's gradients on the averaged parameters, whose memory may be used again.
@@ -95,9 +95,9 @@ class _Work:
     starts: Tensor
     parameters: list[Tensor]
     store: Store
-    usable: Tensor
-    norms: list[Tensor]
-    flags: list[Tensor] = field(default_factory=list)
+    usable: list[Flag]
+    norms: list[Scalar]
+    flags: list[Flag] = field(default_factory=list)
     others: dict[int, Tensor] = field(default_factory=dict)
     reached: set[int] = field(default_factory=set)
     last: list[Tensor | None] = field(default_factory=list)
@@ -308,7 +308,7 @@ class DualBalancedOptimizer(Optimizer):
             else:
                 self._reuse(work)
             taken = self._taken(work)
-            norms = torch.stack(work.norms)
+            norms = stack_scalars(work.norms, work.store.norm_dtype, work.store.device)
             weights = self._weights(norms)
             combined = self._combine(work, taken, weights)
         except BaseException as failure:
@@ -340,13 +340,13 @@ class DualBalancedOptimizer(Optimizer):
             known = {id(parameter) for parameter in parameters}
             parameters += [leaf for leaf in leaves(batch.given) if id(leaf) not in known]
         values = batch.values(store.device)
-        usable = acceptable(values, settings.eps, settings.log_transform)
+        fine = acceptable(values, settings.eps, settings.log_transform)
         if settings.nonfinite != "ignore":
             # One bad loss refuses the batch, so no average takes in any part of it.
-            usable = usable[batch.present].all().expand(len(batch.names))
+            fine = fine[batch.present].all().expand(len(batch.names))
+        usable = fine.tolist() if store.device.type == "cpu" else list(fine.unbind())
         starts = cotangents(values, settings.eps, settings.log_transform)
-        norms = [torch.full((), math.nan, device=store.device)] * len(batch.names)
-        return _Work(batch, values, starts, parameters, store, usable, norms)
+        return _Work(batch, values, starts, parameters, store, usable, [math.nan] * len(batch.names))
 
     def _is_measured(self, batch: TaskLosses) -> bool:
         """Whether this step measures norms: every m-th does, and one that brings a task for the first time."""
@@ -358,19 +358,21 @@ class DualBalancedOptimizer(Optimizer):
         """One backward pass a task; its gradient goes into the store where it is usable."""
         batch, refuse = work.batch, self._settings.nonfinite != "ignore"
         on_cpu = work.store.device.type == "cpu"
+        healthy: Flag = True
         heads = self._heads(work)
         inputs = self._inputs(work, [*self._averaged, *heads]) if self._joint else None
         for task in batch.present:
             found = self._pass(work, task, inputs)
             own = {position: gradient for position in heads if (gradient := found[position]) is not None}
-            ok = self._take(work, task, found, joint_size(list(own.values()), work.store.device))
+            size = joint_size(list(own.values()), work.store.device)
+            ok = self._take(work, task, found, work.usable[task] & healthy & (size < math.inf))
             work.flags.append(ok)
             if refuse:
-                work.usable = work.usable & ok
-            elif on_cpu:
-                own = own if ok else {}
+                healthy = healthy & ok
+            elif ok is False:
+                continue
             for position, gradient in own.items():
-                kept = gradient if refuse or on_cpu else where_ok(ok, gradient)
+                kept = where_ok(ok, gradient) if isinstance(ok, Tensor) and not refuse else gradient
                 work.others[position] = add_gradients(work.others.get(position), kept)
         if refuse:
             if not on_cpu:
@@ -403,27 +405,21 @@ class DualBalancedOptimizer(Optimizer):
         count = progress.counts[task] if progress.counts else 0
         return beta_at(progress.beta, progress.beta_decay, count + 1)
 
-    def _take(self, work: _Work, task: int, found: list[Tensor | None], size: Tensor) -> Tensor:
-        """Put one task's shared gradient into the store if all is finite; return whether it was.
-
-        Args:
-            work: the batch.
-            task: its task.
-            found: gradients on all parameters.
-            size: of the task's other gradients, not finite where one of them is not.
-        """
+    def _take(self, work: _Work, task: int, found: list[Tensor | None], ok: Flag) -> Flag:
+        """Put one task's shared gradient into the store if it is finite and `ok`; return whether it was."""
         gradients = [found[position] for position in self._averaged]
         reached = {index for index, gradient in enumerate(gradients) if gradient is not None} | work.store.early
         if not reached:
             if any(work.parameters[position].requires_grad for position in self._shared):
                 raise ValueError(self._reaches_nothing(work.batch.names[task]))
-            return work.usable[task] & (size < math.inf)
+            return ok
         norm = work.store.propose(gradients, task, self._beta(task))
-        ok = work.usable[task] & (norm + size < math.inf)
+        ok = ok & (norm < math.inf)
         work.store.accept(task, ok)
-        work.norms[task] = torch.where(ok, norm, math.nan)
-        if work.store.device.type != "cpu" or ok:
-            work.reached |= reached
+        if ok is False:
+            return ok
+        work.norms[task] = torch.where(ok, norm, math.nan) if isinstance(ok, Tensor) else norm
+        work.reached |= reached
         work.last = gradients
         return ok
 
@@ -431,14 +427,17 @@ class DualBalancedOptimizer(Optimizer):
         """The norms as last measured, and the heads' gradients by one pass that stops at the heads."""
         progress, batch = self._progress, work.batch
         for task in batch.present:
+            ok = work.usable[task]
             if progress.norms is not None:
-                work.norms[task] = torch.where(work.usable[task], progress.norms[task], math.nan)
-            work.flags.append(work.usable[task])
+                known = progress.norms[task]
+                work.norms[task] = torch.where(torch.as_tensor(ok, device=known.device), known, math.nan)
+            work.flags.append(ok)
         if self._settings.nonfinite != "ignore" and work.store.device.type != "cpu":
             self._check_losses(work)
         heads = self._heads(work)
         # Not a product with 0: the start of a bad loss may be NaN.
-        starts = torch.where(work.usable, work.starts, torch.zeros_like(work.starts))
+        fine = acceptable(work.values, self._settings.eps, self._settings.log_transform)
+        starts = torch.where(fine, work.starts, torch.zeros_like(work.starts))
         gradients = self._joint_pass(work, starts, heads, retain_graph=True)
         for position, gradient in zip(heads, gradients, strict=True):
             if gradient is not None:
@@ -466,7 +465,7 @@ class DualBalancedOptimizer(Optimizer):
         gradients = [found[position] for position in positions]
         ok = joint_size([gradient for gradient in gradients if gradient is not None], work.store.device) < math.inf
         if self._settings.nonfinite == "ignore":
-            return [None if gradient is None else where_ok(ok, gradient) for gradient in gradients]
+            return [None if gradient is None else where_ok(torch.as_tensor(ok), gradient) for gradient in gradients]
         if not ok:
             raise _RefusedBatchError(RuntimeError(_bad_gradient(f"the tasks {names} together")))
         return gradients
@@ -502,8 +501,10 @@ class DualBalancedOptimizer(Optimizer):
 
     def _check_gradients(self, work: _Work) -> None:
         """Refuse the batch if a gradient is not finite. Reads one flag a task on the host, all at once."""
-        usable = torch.stack(work.flags).tolist() if work.flags else []
-        for task, ok in zip(work.batch.present, usable, strict=True):
+        flags = work.flags
+        if flags and isinstance(flags[0], Tensor):
+            flags = torch.stack([torch.as_tensor(flag) for flag in flags]).tolist()
+        for task, ok in zip(work.batch.present, flags, strict=True):
             if not ok:
                 raise _RefusedBatchError(RuntimeError(_bad_gradient(f"task {work.batch.names[task]!r}")))
 
