@@ -579,3 +579,40 @@ def test_load_state_dict_hooks():
     optimizer.load_state_dict(saved)
     assert calls == ["pre", "seen", 0.02]
     assert saved["param_groups"][0]["lr"] == 0.01
+
+
+def refused_losses(net):
+    losses = net.losses(3)
+    return [losses[0] * float("nan"), *losses[1:]]
+
+
+def test_a_skipped_batch_leaves_the_gradients_of_the_good_one_before_it_to_step():
+    net, optimizer = build(nonfinite="skip")
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    optimizer.backward(net.losses(1))
+    optimizer.backward(refused_losses(net))
+    optimizer.step()
+    assert optimizer.last_balance.skipped
+    assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+
+
+def test_a_skipped_batch_does_not_swallow_a_later_plain_step():
+    net, optimizer = build(nonfinite="skip")
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    optimizer.backward(refused_losses(net))
+    optimizer.zero_grad()
+    sum(net.losses(1)).backward()
+    optimizer.step()
+    assert any(not torch.equal(a, b) for a, b in zip(net.parameters(), before, strict=True))
+
+
+def test_a_warning_turned_into_an_error_finds_the_step_complete():
+    used, unused = (torch.nn.Parameter(torch.ones(3)) for _ in range(2))
+    for parameter in (used, unused):
+        parameter.grad = torch.ones(3)
+    optimizer = DualBalancedOptimizer(torch.optim.SGD([used, unused], lr=0.1), [used, unused])
+    with pytest.raises(UserWarning, match="no task reaches 1 of the shared parameters"):
+        optimizer.backward([used.square().sum(), used.exp().sum()])
+    assert torch.equal(unused.grad, torch.ones(3))
+    assert not torch.equal(used.grad, torch.ones(3))
+    assert optimizer.last_balance is not None

@@ -42,7 +42,10 @@ NUMBERS = {
     "max_weight": (r"None or a number > 0 \(1 keeps the log only", [0, -1.0, math.nan, math.inf, True, "10"]),
     "log_transform": (r"True or False", [1, 0.0, "yes", None]),
     "norm_target": (r"one of \('max', 'mean', 'median', 'min', None\)", ["MAX", "sum", 1, True]),
-    "ema_dtype": (r"None or a real floating dtype such as torch.bfloat16", ["bfloat16", torch.int32, torch.complex64]),
+    "ema_dtype": (
+        r"None, torch.float64, torch.float32, torch.bfloat16 or torch.float16",
+        ["bfloat16", torch.int32, torch.complex64],
+    ),
     "nonfinite": (r"one of \('raise', 'skip', 'ignore'\)", ["warn", None, True]),
 }
 

@@ -703,12 +703,9 @@ def test_buffer_keeps_the_averages(shapes, copier):
 def check_buffer(buffer, expected, rng):
     weights = rng.standard_normal(len(expected))
     parts = list(zip(*expected, strict=True))
-    for reuse in ([None] * len(parts), [torch.full(part[0].shape, math.nan, dtype=torch.float64) for part in parts]):
-        sums = buffer.weighted_sum(torch.as_tensor(weights), reuse)
-        for part, found in zip(parts, sums, strict=True):
-            np.testing.assert_allclose(
-                found.numpy(), sum(w * row for w, row in zip(weights, part, strict=True)), atol=1e-13
-            )
+    for part, found in zip(parts, buffer.weighted_sum(torch.as_tensor(weights)), strict=True):
+        expected_sum = sum(w * row for w, row in zip(weights, part, strict=True))
+        np.testing.assert_allclose(found.numpy(), expected_sum, atol=1e-13)
     flat = np.stack([np.concatenate([row.reshape(-1) for row in rows]) for rows in expected])
     np.testing.assert_allclose(buffer.gram().numpy(), flat @ flat.T, rtol=1e-10, atol=1e-12)
     for part, rows in zip(parts, buffer.averages(), strict=True):
@@ -730,7 +727,7 @@ def test_buffer_sees_every_value_that_is_not_finite(shapes, value):
             norm = buffer.propose(bad, 1, 0.5)
             assert not math.isfinite(norm)
             buffer.accept(1, math.isfinite(norm))
-    sums = buffer.weighted_sum(torch.tensor([7.0, 2.0]), [None] * len(parameters))
+    sums = buffer.weighted_sum(torch.tensor([7.0, 2.0]))
     for found, gradient in zip(sums, good, strict=True):
         torch.testing.assert_close(found, gradient)
 
@@ -745,7 +742,7 @@ def test_buffer_dtypes(dtype, rows):
     gradients = gradients_of(parameters, rng)
     for task in range(2):
         buffer.accept(task, math.isfinite(buffer.propose(gradients, task, 0.0)))
-    sums = buffer.weighted_sum(torch.tensor([1.0, 2.0]), [None, None])
+    sums = buffer.weighted_sum(torch.tensor([1.0, 2.0]))
     wide = torch.promote_types(dtype, torch.float32)
     assert sums[0].dtype == (wide if rows is None or dtype.is_complex else torch.float32)
     if stored is not None:
@@ -788,5 +785,5 @@ def test_buffer_takes_gradients_of_any_stride(stride):
     buffer = FlatGradientBuffer([parameter], 1)
     buffer.accept(0, math.isfinite(buffer.propose([gradient], 0, 0.0)))
     torch.testing.assert_close(buffer.averages()[0][0], gradient)
-    torch.testing.assert_close(buffer.weighted_sum(torch.ones(1), [gradient])[0], buffer.averages()[0][0])
+    torch.testing.assert_close(buffer.weighted_sum(torch.ones(1))[0], buffer.averages()[0][0])
     assert torch.equal(memory, torch.arange(32.0))

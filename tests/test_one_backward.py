@@ -45,20 +45,20 @@ class Oracle:
         self.beta, self.beta_decay, self.eps, self.log = beta, beta_decay, eps, log_transform
         self.target, self.cap, self.priorities, self.every = norm_target, max_weight, task_weights, refresh_every
         self.ema, self.count, self.stored, self.reached = {}, {}, {}, set()
-        self.age = refresh_every
+        self.age = {}
         self.norms, self.weights = {}, {}
 
     def backward(self, losses):
         present = {task: loss for task, loss in enumerate(losses) if loss is not None}
         values = {task: torch.log(loss + self.eps) if self.log else loss for task, loss in present.items()}
-        measured = bool(present) and (self.age >= self.every or not set(present) <= set(self.count))
+        measured = any(task not in self.count or self.age[task] >= self.every for task in present)
         inputs = self.others + (self.subset if measured else [])
         for task, value in values.items():
             found = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
             self.add(self.others, found[: len(self.others)])
             if measured:
                 self.measure(task, found[len(self.others) :])
-        self.age = 1 if measured else self.age + 1
+        self.age = {task: age + 1 for task, age in self.age.items()} | ({t: 1 for t in present} if measured else {})
         self.norms = {task: self.stored[task] for task in present}
         self.weights = {task: self.weight(task) for task in present}
         if values:
@@ -742,3 +742,13 @@ def test_every_way_to_call_gives_the_same_run(caller):
         train(plain_net, plain, [seed])
         assert_near(net.state_dict(), plain_net.state_dict(), 1e-12, seed)
         torch.testing.assert_close(optimizer.last_balance.weights, plain.last_balance.weights)
+
+
+def test_a_task_that_is_only_in_every_other_batch_is_measured_all_the_same():
+    net, optimizer = build(refresh_every=2)
+    for step in range(12):
+        losses = net.losses(step)
+        optimizer.zero_grad()
+        optimizer.step([losses[0], None, None] if step % 2 else [None, *losses[1:]])
+    counts = optimizer.state_dict()["param_groups"][0]["balanced_optim"]["counts"]
+    assert min(counts) >= 5

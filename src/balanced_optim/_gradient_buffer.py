@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,8 +17,8 @@ _DOT_PIECE = 1 << 16
 _SUM_PIECE = 1 << 20
 # Parameters start at multiples of this many elements, so that vectorised kernels find them aligned.
 _ALIGNMENT = 16
-# On a CPU a parameter of at least this many elements is read and written on its own: that saves a copy, and
-# a flat result of many megabytes would be fresh memory, whose page faults cost more than the arithmetic.
+# On a CPU a parameter of at least this many elements is averaged on its own, as soon as its gradient is there:
+# that saves a copy, finds the gradient in cache, and frees it before the next is made.
 _LARGE = 1 << 17
 
 
@@ -190,7 +191,7 @@ class FlatGradientBuffer:
                     _gather(views, [gradients[member] for member in segment.members])
                     run = slice(segment.start, segment.stop)
                     spare_row[run].lerp_(old_row[run], beta)
-        return self._norm_of(self._spare_rows(), early)
+        return self._norm_of([block[self._spare] for block in self._blocks], early)
 
     def accept(self, task: int, ok: Flag) -> None:
         """Make the proposed row the average of `task` if `ok`, else drop it.
@@ -216,20 +217,15 @@ class FlatGradientBuffer:
         for block in self._blocks:
             block[self._row_of_task[task]].zero_()
 
-    def weighted_sum(self, weights: Tensor, reuse: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """``sum_t w_t * ema_t`` for each parameter, shaped like it, of float32 or wider.
-
-        Args:
-            weights: w, shape (T,).
-            reuse: one tensor or None for each parameter. Where one fits it is overwritten and returned: the
-                last task's gradients are done with, and writing there spares fresh memory.
-        """
+    def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
+        """``sum_t w_t * ema_t`` for each parameter, shaped like it, of float32 or wider; `weights` of shape (T,)."""
         result: list[Tensor | None] = [None] * len(self._places)
         for block, segments in zip(self._blocks, self._segments, strict=True):
             rows = [block[row] for row in self._row_of_task]
             for segment in segments:
-                out = self._output(segment, block, reuse)
-                _sum_rows([row[segment.start :][: out.numel()] for row in rows], weights, out)
+                size = segment.stop - segment.start
+                out = torch.empty(size, device=block.device, dtype=accumulation_dtype(block.dtype))
+                _sum_rows([row[segment.start : segment.stop] for row in rows], weights, out)
                 for member in segment.members:
                     place = self._places[member]
                     view = out.as_strided(place.shape, place.stride, out.storage_offset() + place.start - segment.start)
@@ -281,16 +277,11 @@ class FlatGradientBuffer:
             if alone or not runs or runs[-1][0]:
                 runs.append((alone, []))
             runs[-1][1].append(index)
-        starts = [self._places[run[0]].start for _, run in runs] + [self._blocks[block].shape[1]]
-        return [
-            _Segment(
-                start, self._places[run[0]].start + self._places[run[0]].size if alone else stop, tuple(run), alone
-            )
-            for start, stop, (alone, run) in zip(starts[:-1], starts[1:], runs, strict=True)
-        ]
-
-    def _spare_rows(self) -> list[Tensor]:
-        return [block[self._spare] for block in self._blocks]
+        segments = []
+        for alone, run in runs:
+            first, last = self._places[run[0]], self._places[run[-1]]
+            segments.append(_Segment(first.start, last.start + last.size, tuple(run), alone))
+        return segments
 
     def _norm_of(self, rows: list[Tensor], known: dict[int, Scalar]) -> Scalar:
         """The joint norm of one row of each block; `known` holds the norms of large parameters."""
@@ -325,18 +316,6 @@ class FlatGradientBuffer:
         for block in self._blocks:
             block[self._spare].copy_(block[self._row_of_task[task]])
         self._spare, self._row_of_task[task] = self._row_of_task[task], self._spare
-
-    def _output(self, segment: _Segment, block: Tensor, reuse: Sequence[Tensor | None]) -> Tensor:
-        """A flat tensor for one segment's sum: the memory of the gradient to be reused, or fresh."""
-        dtype = accumulation_dtype(block.dtype)
-        if segment.alone:
-            place, old = self._places[segment.members[0]], reuse[segment.members[0]]
-            size = place.size
-            if old is not None and old.layout is torch.strided and old.dtype == dtype and old.stride() == place.stride:
-                return old.as_strided((size,), (1,))
-        else:
-            size = segment.stop - segment.start
-        return torch.empty(size, device=block.device, dtype=dtype)
 
 
 def _place(parameter: Tensor, block: int, start: int) -> _Place:
@@ -391,14 +370,17 @@ def _sum_rows(rows: Sequence[Tensor], weights: Tensor, out: Tensor) -> None:
     A matrix-vector product is one kernel, which counts on an accelerator, but on a CPU it adds rows in the order
     of memory, which trading places changes, and it is no faster than adding rows piece by piece in cache.
     """
-    if out.device.type != "cpu" and rows[0].dtype == out.dtype:
-        matrix = rows[0].as_strided((len(rows), out.numel()), (rows[1].storage_offset() - rows[0].storage_offset(), 1))
-        torch.mv(matrix.t(), weights.to(out.device, out.dtype), out=out)
-        return
     if out.device.type != "cpu":
-        out.zero_()
-        for row, weight in zip(rows, weights.to(out.device, out.dtype), strict=True):
-            out.addcmul_(row, weight)
+        weights = weights.to(out.device, out.dtype)
+        steps = {after.storage_offset() - before.storage_offset() for before, after in pairwise(rows)}
+        step = min(steps, default=0)
+        if len(steps) == 1 and step > 0 and rows[0].dtype == out.dtype:
+            matrix = rows[0].as_strided((len(rows), out.numel()), (step, 1))
+            torch.mv(matrix.t(), weights, out=out)
+        else:
+            out.zero_()
+            for row, weight in zip(rows, weights, strict=True):
+                out.addcmul_(row, weight)
         return
     terms = [(row, weight) for row, weight in zip(rows, weights.tolist(), strict=True) if weight != 0]
     if not terms:
@@ -485,9 +467,8 @@ class GradientSum:
         if isinstance(norm, Tensor):
             counts = (norm > 0) & ok
             usable = torch.where(counts, norm, 0.0)
-            self._reference = torch.where(
-                torch.as_tensor(self._reference, device=norm.device) > 0, self._reference, usable
-            )
+            known = self._reference if isinstance(self._reference, Tensor) else torch.zeros_like(norm)
+            self._reference = torch.where(known > 0, known, usable)
             relative = self._reference / norm if self._normalise else torch.ones_like(norm)
             return torch.where(counts, priority * relative, 0.0)
         self._reference = self._reference or norm
@@ -495,13 +476,13 @@ class GradientSum:
             return 0.0
         return priority * float(self._reference / norm) if self._normalise else priority
 
-    def weighted_sum(self, weights: Tensor, reuse: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The sum for each parameter, None where no task reached it; starts a new sum. `reuse` is not needed."""
-        del reuse
-        tasks = list(self._scales)
+    def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
+        """The sum for each parameter, None where no task reached it; starts a new sum."""
         scales = stack_scalars(list(self._scales.values()), weights.dtype, weights.device)
         # Every ratio is alpha in units of the reference; a task that does not count has scale 0.
-        factor = torch.where(scales > 0, weights[tasks] / scales, 0.0).amax()
+        each = weights.unbind()
+        ratios = torch.stack([each[task] for task in self._scales]) / scales
+        factor = torch.where(scales > 0, ratios, torch.zeros_like(ratios)).amax()
         total = self._total
         self.forget_batch()
         for tensor in total:

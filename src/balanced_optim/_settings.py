@@ -38,9 +38,9 @@ class Settings:
             self.max_weight,
         )
         _require(
-            self.ema_dtype is None or (isinstance(self.ema_dtype, torch.dtype) and self.ema_dtype.is_floating_point),
+            self.ema_dtype in (None, torch.float64, torch.float32, torch.bfloat16, torch.float16),
             "ema_dtype",
-            "None or a real floating dtype such as torch.bfloat16",
+            "None, torch.float64, torch.float32, torch.bfloat16 or torch.float16",
             self.ema_dtype,
         )
         _require(self.nonfinite in _NONFINITE, "nonfinite", f"one of {_NONFINITE}", self.nonfinite)

@@ -26,7 +26,7 @@ class MethodState:
         named: whether losses come as a mapping.
         counts: k of every task.
         beta, beta_decay: the schedule.
-        age: steps since norms were last measured; 0 unless weights are reused.
+        ages: for each task the steps since its norm was measured; 0 in the exact form.
         reached: for each shared parameter, whether a task ever reached it.
         averages: for each averaged parameter ema of shape (T, *parameter.shape), or None.
     """
@@ -36,7 +36,7 @@ class MethodState:
     counts: list[int]
     beta: float
     beta_decay: float
-    age: int
+    ages: list[int]
     reached: list[bool]
     averages: list[Tensor | None]
 
@@ -64,7 +64,7 @@ def merge(base: dict[str, Any], method: MethodState, shared: Sequence[int], aver
         "counts": list(method.counts),
         "beta": method.beta,
         "beta_decay": method.beta_decay,
-        "age": method.age,
+        "ages": list(method.ages),
     }
     return {**base, "state": state, "param_groups": groups}
 
@@ -94,7 +94,7 @@ def split(
             f"state dict must be of {KEY} version {VERSION}, got version {version!r}; "
             "load it with the release that wrote it"
         )
-    missing = {"tasks", "named", "counts", "beta", "beta_decay", "age"} - header.keys()
+    missing = {"tasks", "named", "counts", "beta", "beta_decay", "ages"} - header.keys()
     if missing:
         raise ValueError(f"state dict must hold {sorted(missing)} under {KEY!r}, got only {sorted(header)}")
     entries = [saved["state"].get(key, {}) for key in keys]
@@ -111,16 +111,17 @@ def split(
             f"state dict must hold {_EMA} for the {len(wanted)} parameters that are averaged here, got it for "
             f"{len(kept)}; give the norm_params and max_weight that were saved"
         )
-    counts = header["counts"]
-    if not isinstance(counts, list) or not all(isinstance(count, int) and count >= 0 for count in counts):
-        raise ValueError(f"state dict must hold counts that are whole numbers >= 0, got {counts!r}")
+    for field in ("counts", "ages"):
+        numbers = header[field]
+        if not isinstance(numbers, list) or not all(isinstance(number, int) and number >= 0 for number in numbers):
+            raise ValueError(f"state dict must hold {field} that are whole numbers >= 0, got {numbers!r}")
     return base, MethodState(
         tasks=None if header["tasks"] is None else tuple(header["tasks"]),
         named=bool(header["named"]),
-        counts=list(counts),
+        counts=list(header["counts"]),
         beta=float(header["beta"]),
         beta_decay=float(header["beta_decay"]),
-        age=int(header["age"]),
+        ages=list(header["ages"]),
         reached=[roles[position] == _REACHED for position in shared],
         averages=[entries[position].get(_EMA) for position in averaged],
     )
@@ -151,8 +152,9 @@ def check_fits(
             f"state dict must be of the tasks {list(tasks)}, got the tasks {list(loaded.tasks)}; "
             "averages belong to names: use the names that were saved"
         )
-    if len(loaded.counts) != number:
-        raise ValueError(f"state dict must hold {number} counts, one a task, got {len(loaded.counts)}")
+    for field, numbers in (("counts", loaded.counts), ("ages", loaded.ages)):
+        if len(numbers) != number:
+            raise ValueError(f"state dict must hold {number} {field}, one a task, got {len(numbers)}")
     for index, (average, parameter) in enumerate(zip(loaded.averages, parameters, strict=True)):
         expected = (number, *parameter.shape)
         if average is not None and tuple(average.shape) != expected:

@@ -67,7 +67,8 @@ class _Progress:
     store: Store | None = None
     balance: Balance | None = None
     norms: Tensor | None = None
-    age: int = 0
+    ages: list[int] = field(default_factory=list)
+    pending: bool = False
     skip_next_step: bool = False
 
 
@@ -87,7 +88,6 @@ class _Work:
         flags: for each present task whether its loss and its gradients were usable.
         others: gradients of parameters that are not shared, by position, summed over tasks.
         reached: which shared parameters the batch reached, by index.
-        last: the last task's gradients on the averaged parameters, whose memory may be used again.
     """
 
     batch: TaskLosses
@@ -100,7 +100,6 @@ class _Work:
     flags: list[Flag] = field(default_factory=list)
     others: dict[int, Tensor] = field(default_factory=dict)
     reached: set[int] = field(default_factory=set)
-    last: list[Tensor | None] = field(default_factory=list)
 
 
 def _of_base(name: str) -> property:
@@ -118,7 +117,8 @@ def _of_base(name: str) -> property:
 def _bad_gradient(whose: str) -> str:
     return (
         f"gradient of {whose} must be finite, got NaN or inf behind a finite loss; no parameter was changed; look for "
-        "sqrt, norm, log or a division at 0 in the loss, or pass nonfinite='skip' to leave such batches out"
+        "sqrt, norm, log or a division at 0 in the loss, or for a loss or ema_dtype of half precision that cannot hold "
+        "1 / (loss + eps); or pass nonfinite='skip' to leave such batches out"
     )
 
 
@@ -137,7 +137,7 @@ class DualBalancedOptimizer(Optimizer):
     class is a `torch.optim.Optimizer` too and shares `param_groups`, `state` and `defaults` with it.
 
     Cost a step: T backward passes, and memory for (T + 1) * n scalars (n shared scalars), 1 * n at beta = 0
-    without `max_weight`. On a GPU one wait for the device a step, none with ``nonfinite="ignore"``.
+    without `max_weight`. On a GPU two waits for the device a step, none with ``nonfinite="ignore"``.
 
     With `norm_params` (the one-backward form) norms and averages are taken on a subset of the shared parameters
     and ONE joint backward of ``sum_t w_t * log(loss_t + eps)`` gives every shared gradient: its own, not
@@ -161,8 +161,9 @@ class DualBalancedOptimizer(Optimizer):
             name, which fixes the names.
         norm_params: a subset of the shared parameters on which norms are measured, as in GradNorm: best the last
             shared layer, e.g. ``trunk[-1].parameters()``; every task must depend on it. An iterable or a Module.
-        refresh_every: measure norms every m-th step and reuse them in between; needs `norm_params` (all shared
-            parameters may be given). Absent tasks and caps are still minded in every step.
+        refresh_every: measure norms anew when a task of the batch has one that is m steps old, and reuse them in
+            between; needs `norm_params` (all shared parameters may be given). Absent tasks and caps are still
+            minded in every step.
         ema_dtype: dtype of the averages; None takes float32, or float64 for float64 parameters.
             torch.bfloat16 halves their memory; sums and norms are still taken in float32.
         nonfinite: what to do with a loss that is not finite (or <= -eps under the log) or a gradient that is
@@ -170,7 +171,8 @@ class DualBalancedOptimizer(Optimizer):
             if it were absent. In every mode no average takes a non-finite value. With `norm_params`, "ignore"
             drops the whole shared gradient of a batch where only the joint backward is not finite, since it
             cannot tell whose it is. On a GPU "ignore" asks nothing of the device: the count of a task left out
-            goes on, and its heads get zeros instead of no gradient.
+            goes on, its heads get zeros instead of no gradient, and with `norm_params` one bad loss zeroes the
+            shared gradient of the batch.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
@@ -246,9 +248,9 @@ class DualBalancedOptimizer(Optimizer):
             losses = self._run_closure(closure, losses)  # type: ignore[arg-type]
         if losses is not None:
             self.backward(losses)  # type: ignore[arg-type]
-        if self._progress.skip_next_step:
-            self._progress.skip_next_step = False
-        else:
+        skipped = self._progress.skip_next_step
+        self._progress.pending = self._progress.skip_next_step = False
+        if not skipped:
             self.base_optim.step()
         return losses if closure is not None else None
 
@@ -277,7 +279,10 @@ class DualBalancedOptimizer(Optimizer):
     def backward(self, losses: Losses) -> None:
         """Fill `.grad` from the task losses, in place of ``sum(losses).backward()``; then clip and `step()`.
 
-        As with `.backward()`, gradients are added to a `.grad` that is there, and the graph is freed. A batch that
+        As with `.backward()`, gradients are added to a `.grad` that is there, and the graph is freed: in the exact
+        form by the last task, which leaves what only other tasks use (their heads, or their own forward pass) to
+        go with the losses; `del losses` before the next forward saves that memory. Parameters outside the wrapped
+        optimizer accumulate as with `.backward()`, in the exact form also from a batch that is refused. A batch that
         is refused leaves parameters, `.grad` and counts as they were. Averages stay too where the form or the
         value of a loss is to blame. What only shows during the passes (a gradient that is not finite, a used
         graph, a task that reaches nothing) never enters its own average, but tasks before it in the list may
@@ -294,7 +299,6 @@ class DualBalancedOptimizer(Optimizer):
             RuntimeError: a gradient is not finite although its loss is; or the graph was used before.
         """
         progress = self._progress
-        progress.skip_next_step = False
         batch = read_losses(losses, progress.tasks, progress.named)
         self._check_number_of_tasks(len(batch.names))
         work = self._start(batch)
@@ -319,11 +323,14 @@ class DualBalancedOptimizer(Optimizer):
                 raise failure.error from None
             nothing = torch.full_like(work.values, math.nan), torch.zeros_like(work.values)
             progress.balance = Balance(batch.names, work.values, *nothing, skipped=True)
-            progress.skip_next_step = True
+            progress.skip_next_step = not progress.pending
             return
-        self._commit(work, taken if measured else [], norms)
+        complete = self._commit(work, taken if measured else [], norms)
         self._write(work, before, combined)
         progress.balance = Balance(batch.names, work.values, norms, weights, skipped=False)
+        progress.pending, progress.skip_next_step = True, False
+        if complete:
+            self._warn_of_unreached()
 
     @property
     def last_balance(self) -> Balance | None:
@@ -343,46 +350,66 @@ class DualBalancedOptimizer(Optimizer):
         fine = acceptable(values, settings.eps, settings.log_transform)
         if settings.nonfinite != "ignore":
             # One bad loss refuses the batch, so no average takes in any part of it.
-            fine = fine[batch.present].all().expand(len(batch.names))
+            each = fine.unbind()
+            fine = torch.stack([each[task] for task in batch.present] or [fine.new_ones(())]).all().expand(len(each))
         usable = fine.tolist() if store.device.type == "cpu" else list(fine.unbind())
         starts = cotangents(values, settings.eps, settings.log_transform)
         return _Work(batch, values, starts, parameters, store, usable, [math.nan] * len(batch.names))
 
     def _is_measured(self, batch: TaskLosses) -> bool:
-        """Whether this step measures norms: every m-th does, and one that brings a task for the first time."""
+        """Whether this step measures norms: if a task here is new, or its norm is `refresh_every` steps old."""
+        if not self._joint:
+            return True
         progress = self._progress
-        due = progress.age == 0 or progress.age >= self._settings.refresh_every
-        return due or any(progress.counts[task] == 0 for task in batch.present)
+        return not progress.ages or any(
+            progress.counts[task] == 0 or progress.ages[task] >= self._settings.refresh_every for task in batch.present
+        )
 
     def _measure(self, work: _Work) -> None:
         """One backward pass a task; its gradient goes into the store where it is usable."""
-        batch, refuse = work.batch, self._settings.nonfinite != "ignore"
-        on_cpu = work.store.device.type == "cpu"
-        healthy: Flag = True
+        refuse = self._settings.nonfinite != "ignore"
         heads = self._heads(work)
         inputs = self._inputs(work, [*self._averaged, *heads]) if self._joint else None
-        for task in batch.present:
-            found = self._pass(work, task, inputs)
-            own = {position: gradient for position in heads if (gradient := found[position]) is not None}
-            size = joint_size(list(own.values()), work.store.device)
-            ok = self._take(work, task, found, work.usable[task] & healthy & (size < math.inf))
+        # A task that is known to be left out needs no pass; which one frees the graph depends on it.
+        running = [task for task in work.batch.present if work.usable[task] is not False]
+        healthy: Flag = True
+        for task in work.batch.present:
+            ok: Flag = False
+            if task in running:
+                retain = self._joint or task != running[-1]
+                ok = self._measure_task(work, task, heads, inputs, healthy, retain)
             work.flags.append(ok)
-            if refuse:
-                healthy = healthy & ok
-            elif ok is False:
-                continue
-            for position, gradient in own.items():
-                kept = where_ok(ok, gradient) if isinstance(ok, Tensor) and not refuse else gradient
-                work.others[position] = add_gradients(work.others.get(position), kept)
+            healthy = healthy & ok if refuse else True
         if refuse:
-            if not on_cpu:
+            if work.store.device.type != "cpu":
                 self._check_losses(work)
             self._check_gradients(work)
 
-    def _pass(self, work: _Work, task: int, inputs: list[Tensor] | None) -> list[Tensor | None]:
+    def _measure_task(
+        self,
+        work: _Work,
+        task: int,
+        heads: list[int],
+        inputs: list[Tensor] | None,
+        healthy: Flag,
+        retain_graph: bool,
+    ) -> Flag:
+        """One task's pass; on return its gradients are in the store or gone, so that the next pass finds room."""
+        found = self._pass(work, task, inputs, retain_graph)
+        own = {position: gradient for position in heads if (gradient := found[position]) is not None}
+        size = joint_size(list(own.values()), work.store.device)
+        ok = self._take(work, task, found, work.usable[task] & healthy & (size < math.inf))
+        if ok is False:
+            return ok
+        for position, gradient in own.items():
+            masked = isinstance(ok, Tensor) and self._settings.nonfinite == "ignore"
+            kept = where_ok(torch.as_tensor(ok), gradient) if masked else gradient
+            work.others[position] = add_gradients(work.others.get(position), kept)
+        return ok
+
+    def _pass(self, work: _Work, task: int, inputs: list[Tensor] | None, retain_graph: bool) -> list[Tensor | None]:
         """One task's gradients on all parameters; those on large shared ones may be in the store already."""
         batch, store, beta = work.batch, work.store, self._beta(task)
-        retain = self._joint or task != batch.present[-1]
         early = store.large if isinstance(store, FlatGradientBuffer) else []
         large = [work.parameters[self._averaged[index]] for index in early]
 
@@ -396,7 +423,7 @@ class DualBalancedOptimizer(Optimizer):
                 [work.starts[task]],
                 [batch.names[task]],
                 work.parameters,
-                retain_graph=retain,
+                retain_graph=retain_graph,
                 inputs=inputs,
             )
 
@@ -420,7 +447,6 @@ class DualBalancedOptimizer(Optimizer):
             return ok
         work.norms[task] = torch.where(ok, norm, math.nan) if isinstance(ok, Tensor) else norm
         work.reached |= reached
-        work.last = gradients
         return ok
 
     def _reuse(self, work: _Work) -> None:
@@ -446,7 +472,7 @@ class DualBalancedOptimizer(Optimizer):
     def _combine(self, work: _Work, taken: list[int], weights: Tensor) -> list[Tensor | None]:
         """The shared gradients; empty where the batch brought none."""
         if not self._joint:
-            return work.store.weighted_sum(weights, work.last) if taken and work.last else []
+            return work.store.weighted_sum(weights) if taken and work.reached else []
         starts = torch.where(weights > 0, work.starts * weights, torch.zeros_like(work.starts))
         combined = self._joint_pass(work, starts, self._shared, retain_graph=False)
         work.reached = {index for index, gradient in enumerate(combined) if gradient is not None}
@@ -516,15 +542,20 @@ class DualBalancedOptimizer(Optimizer):
 
     def _weights(self, norms: Tensor) -> Tensor:
         settings = self._settings
-        priorities = torch.ones_like(norms) if self._priorities is None else norms.new_tensor(self._priorities)
+        priorities = (
+            torch.ones_like(norms)
+            if self._priorities is None
+            else stack_scalars(self._priorities, norms.dtype, norms.device)
+        )
         return balance_weights(norms, settings.norm_target, settings.max_weight, priorities)
 
-    def _commit(self, work: _Work, averaged: list[int], norms: Tensor) -> None:
-        """Count the batch; from here on the tasks are fixed."""
+    def _commit(self, work: _Work, averaged: list[int], norms: Tensor) -> bool:
+        """Count the batch; from here on the tasks are fixed. Return whether every task has now been seen at last."""
         progress, batch = self._progress, work.batch
         if not progress.counts:
             progress.tasks, progress.named = batch.names, batch.named
             progress.counts.extend([0] * len(batch.names))
+            progress.ages.extend([0] * len(batch.names))
             progress.store = work.store
         first_complete = min(progress.counts) == 0 and len(averaged) == len(batch.names)
         for task in averaged:
@@ -533,17 +564,15 @@ class DualBalancedOptimizer(Optimizer):
             progress.reached[index] = True
         if self._joint:
             self._remember_norms(norms, averaged)
-        if first_complete:
-            self._warn_of_unreached()
+        return first_complete
 
     def _remember_norms(self, norms: Tensor, averaged: list[int]) -> None:
-        """Keep the latest norm of every task, and how long ago norms were measured."""
+        """Keep the latest norm of every task, and how many steps ago each was measured."""
         progress = self._progress
         if averaged:
             known = norms if progress.norms is None else progress.norms
             progress.norms = torch.where(norms.isnan(), known, norms)
-            progress.age = 0
-        progress.age += 1
+        progress.ages[:] = [1 if task in averaged else age + 1 for task, age in enumerate(progress.ages)]
 
     def _warn_of_unreached(self) -> None:
         parameters = self._parameters()
@@ -556,7 +585,7 @@ class DualBalancedOptimizer(Optimizer):
             warnings.warn(
                 f"no task reaches {len(unreached)} of the shared parameters (the first has shape {unreached[0]}); "
                 "they get no gradient",
-                stacklevel=5,
+                stacklevel=4,
             )
 
     def _write(self, work: _Work, before: list[Tensor | None], combined: list[Tensor | None]) -> None:
@@ -607,6 +636,7 @@ class DualBalancedOptimizer(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear `.grad` of every parameter of the wrapped optimizer."""
+        self._progress.pending = self._progress.skip_next_step = False
         self.base_optim.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -632,7 +662,7 @@ class DualBalancedOptimizer(Optimizer):
             counts=progress.counts,
             beta=progress.beta,
             beta_decay=progress.beta_decay,
-            age=progress.age,
+            ages=progress.ages,
             reached=progress.reached,
             averages=averages,
         )
@@ -665,11 +695,12 @@ class DualBalancedOptimizer(Optimizer):
         self.base_optim.load_state_dict(base)
         self._start_anew()
         if loaded is not None:
-            progress.beta, progress.beta_decay, progress.age = loaded.beta, loaded.beta_decay, loaded.age
+            progress.beta, progress.beta_decay = loaded.beta, loaded.beta_decay
             progress.reached[:] = loaded.reached
             if loaded.counts and loaded.tasks is not None:
                 progress.tasks, progress.named = loaded.tasks, loaded.named
                 progress.counts.extend(loaded.counts)
+                progress.ages.extend(loaded.ages)
                 progress.store = self._new_store(parameters, len(loaded.tasks))
                 if isinstance(progress.store, FlatGradientBuffer):
                     progress.store.load_averages(loaded.averages)
@@ -685,8 +716,8 @@ class DualBalancedOptimizer(Optimizer):
         progress.counts.clear()
         progress.reached[:] = [False] * len(self._shared)
         progress.store = progress.balance = progress.norms = None
-        progress.age = 0
-        progress.skip_next_step = False
+        progress.ages.clear()
+        progress.pending = progress.skip_next_step = False
 
     def _names_by_position(self) -> tuple[str, ...] | None:
         return None if self._priorities is None else tuple(str(task) for task in range(len(self._priorities)))
