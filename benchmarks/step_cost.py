@@ -200,6 +200,10 @@ def peak_bytes(trunk: str, tasks: int, contestant: str, device: str, threads: in
         gc.collect()
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():
+        # ru_maxrss would begin at the parent's peak; this one begins with the process.
+        return 1024 * int(status.read_text().split("VmHWM:")[1].split()[0])
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
