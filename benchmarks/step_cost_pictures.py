@@ -30,7 +30,7 @@ def save_time(path: Path, records: Sequence[dict[str, Any]]) -> None:
     trunks = list(dict.fromkeys(record["trunk"] for record in records))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.4 * len(trunks) + 1.2, 3.4), layout="constrained")
-        panels = figure.subplots(1, len(trunks), squeeze=False)[0]
+        panels = figure.subplots(1, len(trunks), squeeze=False, sharey=True)[0]
         for axes, trunk in zip(panels, trunks, strict=True):
             for name, color in zip(TIMED, COLORS, strict=True):
                 points = [r for r in records if r["trunk"] == trunk and r["contestant"] == name]
@@ -44,6 +44,8 @@ def save_time(path: Path, records: Sequence[dict[str, Any]]) -> None:
             axes.set_xticks(ticks, [str(tick) for tick in ticks])
             axes.minorticks_off()
             axes.grid(axis="y")
+        panels[0].set_yticks([1, 2, 5, 10, 20, 50], ["1", "2", "5", "10", "20", "50"])
+        panels[0].minorticks_off()
         panels[0].set_ylabel("time of a step (plain sum = 1)")
         handles, labels = panels[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right center")
