@@ -608,11 +608,11 @@ class DualBalancedOptimizer(Optimizer):
         """Leave `.grad` and the counts as they were, and averages that this batch began at zero."""
         put_gradients(work.parameters, before)
         work.store.forget_batch()
-        if self._progress.norms is not None and isinstance(work.store, FlatGradientBuffer):
-            self._progress.norms = work.store.norms()
         for task, count in enumerate(self._progress.counts):
             if count == 0:
                 work.store.clear(task)
+        if self._progress.norms is not None and isinstance(work.store, FlatGradientBuffer):
+            self._progress.norms = work.store.norms()
 
     def _new_store(self, parameters: list[Tensor], tasks: int) -> Store:
         """Rows where the method looks at all gradients at once or again later, else a running sum."""
