@@ -478,7 +478,8 @@ def test_an_exception_in_a_hook_changes_nothing(error, before, failing_pass, bet
     # Averages of tasks before the failing one may have taken the batch in, once there are any.
     if before and beta and failing_pass:
         for entry in [*actual["state"]["state"].values(), *expected["state"]["state"].values()]:
-            entry.pop("task_ema", None)
+            for name in [name for name in entry if name.startswith("task_ema_")]:
+                del entry[name]
     assert_same(actual, expected)
     train(net, optimizer, 1, start=10)
     header = optimizer.state_dict()["param_groups"][0]["balanced_optim"]

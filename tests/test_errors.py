@@ -483,7 +483,8 @@ AVERAGES_MAY_MOVE = {"last-gradient-nan", "used-last-graph", "last-no-trunk"}
 
 def without_averages(seen):
     for entry in seen["state"]["state"].values():
-        entry.pop("task_ema", None)
+        for name in [name for name in entry if name.startswith("task_ema_")]:
+            del entry[name]
     return seen
 
 

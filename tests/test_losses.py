@@ -116,9 +116,9 @@ def test_an_absent_task_keeps_its_average_and_contributes_nothing():
     optimizer.step([first, None, last])
     after = snapshot(net, optimizer)["state"]["state"]
     for position in (0, 1):
-        old, new = before[position]["task_ema"], after[position]["task_ema"]
-        assert_same(new[1], old[1])
-        assert not torch.equal(new[0], old[0])
+        old, new = before[position], after[position]
+        assert_same(new["task_ema_1"], old["task_ema_1"])
+        assert not torch.equal(new["task_ema_0"], old["task_ema_0"])
     balance = optimizer.last_balance
     assert balance.losses.isnan().tolist() == balance.norms.isnan().tolist() == [False, True, False]
     assert balance.weights[1] == 0

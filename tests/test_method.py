@@ -56,7 +56,8 @@ def snapshot(optimizer):
 def averages(optimizer, task):
     """ema of one task as one vector, and its count."""
     state = optimizer.state_dict()
-    rows = [entry["task_ema"][task].reshape(-1) for entry in state["state"].values() if "task_ema" in entry]
+    name = f"task_ema_{task}"
+    rows = [entry[name].reshape(-1) for entry in state["state"].values() if name in entry]
     return torch.cat(rows).clone(), state["param_groups"][0]["balanced_optim"]["counts"][task]
 
 
@@ -644,7 +645,8 @@ def test_bfloat16_averages_are_close_to_float32(cap):
         for step in range(20):
             optimizer.zero_grad()
             optimizer.step(model.losses(step))
-        rows = [entry["task_ema"] for entry in optimizer.state_dict()["state"].values() if "task_ema" in entry]
+        entries = optimizer.state_dict()["state"].values()
+        rows = [row for entry in entries for name, row in entry.items() if name.startswith("task_ema_")]
         assert {row.dtype for row in rows} == {ema_dtype}
         assert {p.grad.dtype for p in model.parameters()} == {torch.float32}
     starts = list(cases.build("conv").parameters())
@@ -709,7 +711,7 @@ def check_buffer(buffer, expected, rng):
     flat = np.stack([np.concatenate([row.reshape(-1) for row in rows]) for rows in expected])
     np.testing.assert_allclose(buffer.gram().numpy(), flat @ flat.T, rtol=1e-10, atol=1e-12)
     for part, rows in zip(parts, buffer.averages(), strict=True):
-        np.testing.assert_allclose(rows.numpy(), np.stack(part), rtol=1e-13, atol=1e-14)
+        np.testing.assert_allclose(torch.stack(rows).numpy(), np.stack(part), rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -738,7 +740,7 @@ def test_buffer_dtypes(dtype, rows):
     rng = np.random.default_rng(4)
     parameters = [torch.zeros(3, 4, dtype=dtype), torch.zeros(2, 5, dtype=torch.float64)]
     buffer = FlatGradientBuffer(parameters, 2, rows)
-    stored = [row.dtype for row in buffer.averages()] if dtype != torch.complex64 or rows is None else None
+    stored = [rows[0].dtype for rows in buffer.averages()] if dtype != torch.complex64 or rows is None else None
     gradients = gradients_of(parameters, rng)
     for task in range(2):
         buffer.accept(task, math.isfinite(buffer.propose(gradients, task, 0.0)))
@@ -757,7 +759,7 @@ def test_buffer_norm_of_a_long_row_is_exact():
     parameter = torch.zeros(3_000_000)
     buffer = FlatGradientBuffer([parameter], 1)
     gradient = torch.full_like(parameter, 0.1)
-    assert buffer.propose([gradient], 0, 0.0) == pytest.approx(0.1 * math.sqrt(3e6), rel=2e-5)
+    assert buffer.propose([gradient], 0, 0.0) == pytest.approx(0.1 * math.sqrt(3e6), rel=5e-5)
 
 
 def test_buffer_loads_and_clears_averages():
@@ -773,8 +775,8 @@ def test_buffer_loads_and_clears_averages():
     fresh.clear(0)
     assert [rows[0].norm().item() for rows in fresh.averages()] == [0, 0]
     assert same([rows[1] for rows in fresh.averages()], [rows[1] for rows in saved])
-    fresh.load_averages([None, saved[1]])
-    assert same(fresh.averages(), [torch.zeros(2, 3, 2), saved[1]])
+    fresh.load_averages([[None, None], saved[1]])
+    assert same(fresh.averages(), [[torch.zeros(3, 2)] * 2, saved[1]])
 
 
 @pytest.mark.parametrize("stride", [(1, 3), (8, 2)])

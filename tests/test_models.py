@@ -361,6 +361,7 @@ def test_models_on_a_device_or_over_two(split, method):
 def test_a_parameter_used_in_two_checkpointed_segments_is_averaged_once(smallest, reentrant, monkeypatch):
     """A reentrant checkpoint hands a parameter's gradient over in two parts; both belong to one average."""
     monkeypatch.setattr("balanced_optim._gradient_buffer._LARGE", smallest)
+    monkeypatch.setattr("balanced_optim._gradient_buffer._ALONE", smallest)
     torch.manual_seed(0)
     trunk = torch.nn.Linear(5, 5).double()
     start = [parameter.detach().clone() for parameter in trunk.parameters()]

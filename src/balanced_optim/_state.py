@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-VERSION = 1
+VERSION = 2
 KEY = "balanced_optim"
-_EMA = "task_ema"
+_EMA = "task_ema_"
 _ROLE = "task_role"
 # What `task_role` says of a parameter.
 _HEAD, _SHARED, _REACHED = 0, 1, 2
@@ -28,7 +28,7 @@ class MethodState:
         beta, beta_decay: the schedule.
         ages: for each task the steps since its norm was measured; 0 in the exact form.
         reached: for each shared parameter, whether a task ever reached it.
-        averages: for each averaged parameter ema of shape (T, *parameter.shape), or None.
+        averages: for each averaged parameter T averages shaped like it; none where it has none.
     """
 
     tasks: tuple[str, ...] | None
@@ -38,7 +38,7 @@ class MethodState:
     beta_decay: float
     ages: list[int]
     reached: list[bool]
-    averages: list[Tensor | None]
+    averages: list[list[Tensor]]
 
 
 def merge(base: dict[str, Any], method: MethodState, shared: Sequence[int], averaged: Sequence[int]) -> dict[str, Any]:
@@ -53,9 +53,9 @@ def merge(base: dict[str, Any], method: MethodState, shared: Sequence[int], aver
         state.setdefault(key, {})[_ROLE] = torch.tensor(_HEAD)
     for position, reached in zip(shared, method.reached, strict=True):
         state[keys[position]][_ROLE] = torch.tensor(_REACHED if reached else _SHARED)
-    for position, average in zip(averaged, method.averages, strict=True):
-        if average is not None:
-            state[keys[position]][_EMA] = average
+    for position, rows in zip(averaged, method.averages, strict=True):
+        # One entry a task, shaped like the parameter: what shards or reshapes the parameter can do it here too.
+        state[keys[position]].update({f"{_EMA}{task}": row for task, row in enumerate(rows)})
     groups = [dict(group) for group in base["param_groups"]]
     groups[0][KEY] = {
         "version": VERSION,
@@ -67,6 +67,10 @@ def merge(base: dict[str, Any], method: MethodState, shared: Sequence[int], aver
         "ages": list(method.ages),
     }
     return {**base, "state": state, "param_groups": groups}
+
+
+def _is_ours(name: object) -> bool:
+    return isinstance(name, str) and (name == _ROLE or name.startswith(_EMA))
 
 
 def split(
@@ -81,7 +85,7 @@ def split(
     found = [group[KEY] for group in saved["param_groups"] if KEY in group]
     keys = [key for group in groups for key in group["params"]]
     state = {
-        key: {name: v for name, v in entry.items() if name not in (_EMA, _ROLE)} if isinstance(entry, dict) else entry
+        key: {name: v for name, v in entry.items() if not _is_ours(name)} if isinstance(entry, dict) else entry
         for key, entry in saved["state"].items()
     }
     base = {**saved, "state": {key: entry for key, entry in state.items() if entry != {}}, "param_groups": groups}
@@ -104,12 +108,15 @@ def split(
             f"state dict must be of the same shared_params, got {sum(role != _HEAD for role in roles)} shared of "
             f"{len(roles)} parameters, here {len(shared)}; give the shared_params and param groups that were saved"
         )
-    kept = {position for position, entry in enumerate(entries) if _EMA in entry}
+    tasks = range(len(header["tasks"] or ()))
+    kept = {position for position, entry in enumerate(entries) if all(f"{_EMA}{task}" in entry for task in tasks)}
+    some = {position for position, entry in enumerate(entries) if any(f"{_EMA}{task}" in entry for task in tasks)}
     wanted = {position for position in averaged if roles[position] == _REACHED}
-    if kept != wanted and (kept or float(header["beta"]) > 0):
+    if tasks and (kept != some or (kept != wanted and (kept or float(header["beta"]) > 0))):
         raise ValueError(
-            f"state dict must hold {_EMA} for the {len(wanted)} parameters that are averaged here, got it for "
-            f"{len(kept)}; give the norm_params and max_weight that were saved"
+            f"state dict must hold {_EMA}0 to {_EMA}{len(tasks) - 1} for the {len(wanted)} parameters that are "
+            f"averaged here, got all of them for {len(kept)} and some for {len(some)}; give the norm_params and "
+            "max_weight that were saved"
         )
     for field in ("counts", "ages"):
         numbers = header[field]
@@ -123,7 +130,10 @@ def split(
         beta_decay=float(header["beta_decay"]),
         ages=list(header["ages"]),
         reached=[roles[position] == _REACHED for position in shared],
-        averages=[entries[position].get(_EMA) for position in averaged],
+        averages=[
+            [entries[position][f"{_EMA}{task}"] for task in tasks] if position in kept and tasks else []
+            for position in averaged
+        ],
     )
 
 
@@ -156,9 +166,9 @@ def check_fits(
         if len(numbers) != number:
             raise ValueError(f"state dict must hold {number} {field}, one a task, got {len(numbers)}")
     for index, (average, parameter) in enumerate(zip(loaded.averages, parameters, strict=True)):
-        expected = (number, *parameter.shape)
-        if average is not None and tuple(average.shape) != expected:
-            raise ValueError(
-                f"{_EMA} of averaged parameter {index} must have shape {expected}, (tasks, *parameter), "
-                f"got {tuple(average.shape)}; the checkpoint is of another network or another list of shared_params"
-            )
+        for task, row in enumerate(average):
+            if row.shape != parameter.shape:
+                raise ValueError(
+                    f"{_EMA}{task} of averaged parameter {index} must have shape {tuple(parameter.shape)}, got "
+                    f"{tuple(row.shape)}; the checkpoint is of another network or another list of shared_params"
+                )

@@ -9,6 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ._numbers import Scalar
+
 
 def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
     """Every parameter's `.grad`, which is None afterwards."""
@@ -117,6 +119,15 @@ def at_once(parameters: Sequence[Tensor], use: Callable[[int, Tensor], None]) ->
     finally:
         for handle in handles:
             handle.remove()
+
+
+def unscaled(gradient: Tensor, scale: Scalar | None) -> Tensor:
+    """The gradient divided by `scale` in float32 or wider, in place where it is that already; None: as it is."""
+    if scale is None:
+        return gradient
+    wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+    inverse = scale.to(wide.device).reciprocal() if isinstance(scale, Tensor) else 1 / scale
+    return wide.mul_(inverse)
 
 
 def joint_size(gradients: Sequence[Tensor], device: torch.device) -> float | Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
+Samples = float | Sequence[float] | Mapping[str, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,6 +161,32 @@ def _check_loss(name: str, loss: Tensor | None) -> None:
             f"loss of task {name!r} must need a gradient, got one without a graph (value {loss.item()}); "
             "was it detached, or computed under torch.no_grad()? Pass None for a task that this batch lacks"
         )
+
+
+def read_samples(samples: Samples, names: tuple[str, ...]) -> list[float]:
+    """The number of samples behind every task's loss, T of them, in the order of the tasks.
+
+    Raises:
+        ValueError: one is missing or not a number > 0.
+    """
+    if isinstance(samples, Mapping):
+        given: dict[str, object] = {name: samples.get(name, 1) for name in names}
+        unknown = [name for name in samples if name not in names]
+        if unknown:
+            raise ValueError(f"samples names the unknown task {unknown[0]!r}; the tasks are {list(names)}")
+    elif isinstance(samples, Sequence) and not isinstance(samples, str):
+        if len(samples) != len(names):
+            raise ValueError(f"samples must have {len(names)} entries, one a task, got {len(samples)}")
+        given = dict(zip(names, samples, strict=True))
+    else:
+        given = dict.fromkeys(names, samples)
+    for name, count in given.items():
+        if not isinstance(count, int | float) or isinstance(count, bool) or not 0 < count < math.inf:
+            raise ValueError(
+                f"samples of task {name!r} must be a number > 0, got {count!r}; pass None as the loss of a task "
+                "that this batch lacks"
+            )
+    return [float(count) for count in given.values()]  # type: ignore[arg-type]
 
 
 def acceptable(values: Tensor, eps: float, log_transform: bool) -> Tensor:

@@ -1,0 +1,490 @@
+"""One batch on its way from losses to gradients: what `backward` does, in the order of the calls."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ._accumulation import MicroBatches, no_micro_batches
+from ._balance import Balance, balance_weights
+from ._gradient_buffer import FlatGradientBuffer
+from ._numbers import Flag, Scalar, stack_scalars
+from ._plan import Plan, Progress
+from ._task_gradients import (
+    add_gradients,
+    at_once,
+    joint_size,
+    leaves,
+    put_gradients,
+    take_gradients,
+    take_pass,
+    unscaled,
+    where_ok,
+)
+from ._task_losses import TaskLosses, acceptable, cotangents, describe_bad_loss
+
+
+class RefusedBatchError(Exception):
+    """A batch that cannot be used; carries the error that the user sees under ``nonfinite="raise"``."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class OverflowedBatchError(Exception):
+    """A batch whose scaled gradients were not finite: the scaler has to see it and lower its scale."""
+
+
+def bad_gradient(whose: str) -> str:
+    """The message for a gradient that is not finite."""
+    return (
+        f"gradient of {whose} must be finite, got NaN or inf behind a finite loss; no parameter was changed; look for "
+        "sqrt, norm, log or a division at 0 in the loss, or for a loss or ema_dtype of half precision that cannot hold "
+        "1 / (loss + eps); or pass nonfinite='skip' to leave such batches out"
+    )
+
+
+class Batch:
+    """The last, and mostly only, micro-batch of a batch together with those before it.
+
+    Attributes:
+        losses: the losses by task.
+        values: raw losses, the means over all micro-batches, shape (T,), NaN for an absent task.
+        present: tasks that this micro-batch or one before it has.
+        starts: cotangents of this micro-batch's losses, shape (T,).
+        factors: what the sums of earlier micro-batches are multiplied by, shape (T,).
+        parameters: all of the wrapped optimizer; in the one-backward form also other leaves of the graph.
+        store: where averaged gradients go; private to this batch until the first one is through.
+        usable: for every task whether it may count as far as its loss says and, where a bad task refuses the
+            batch, as far as all losses say. Bools on a CPU, else scalar tensors.
+        norms: of every task's averaged gradient, NaN for a task that takes no part.
+        flags: for each present task whether its loss and its gradients were usable.
+        others: gradients of parameters that are not shared, by position, summed over tasks.
+        reached: which shared parameters the batch reached, by index.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        progress: Progress,
+        parameters: list[Tensor],
+        losses: TaskLosses,
+        samples: Sequence[float],
+        scale: Scalar | None,
+    ) -> None:
+        self._plan, self._progress, self._scale = plan, progress, scale
+        self._settings = plan.settings
+        self.losses, self.parameters = losses, parameters
+        self.store = progress.store or plan.new_store(parameters, len(losses.names), progress.beta)
+        if plan.joint:
+            known = {id(parameter) for parameter in parameters}
+            self.parameters = parameters + [leaf for leaf in leaves(losses.given) if id(leaf) not in known]
+        self._heads = sorted(set(range(len(self.parameters))) - set(plan.shared))
+        self._on_cpu = self.store.device.type == "cpu"
+        self._refuses = self._settings.nonfinite != "ignore"
+        values = losses.values(self.store.device)
+        self._earlier = progress.micro_batches
+        self.present = losses.present
+        self.values, self.starts = values, cotangents(values, self._settings.eps, self._settings.log_transform)
+        self.factors = torch.zeros_like(values)
+        if self._earlier is not None:
+            self._join(self._earlier, values, samples)
+        if scale is not None:
+            self.starts = self.starts * scale
+        self._fine = acceptable(self.values, self._settings.eps, self._settings.log_transform)
+        fine = self._fine
+        if self._refuses:
+            # One bad loss refuses the batch, so no average takes in any part of it.
+            each = fine.unbind()
+            fine = torch.stack([each[task] for task in self.present] or [fine.new_ones(())]).all().expand(len(each))
+        self.usable: list[Flag] = fine.tolist() if self._on_cpu else list(fine.unbind())
+        self.norms: list[Scalar] = [math.nan] * len(losses.names)
+        self.flags: list[Flag] = []
+        self.others: dict[int, Tensor] = {}
+        self.reached: set[int] = set()
+        self._taken: list[int] = []
+        self._measured = self._is_measured()
+        # Under a scaler an overflow is nothing unusual and must leave every average alone: rows wait for the last.
+        self._holds = scale is not None and isinstance(self.store, FlatGradientBuffer)
+        self._held: list[tuple[int, Flag]] = []
+        self._overflow: Flag = False
+
+    def _join(self, earlier: MicroBatches, values: Tensor, samples: Sequence[float]) -> None:
+        """Means over all micro-batches, and what each part of them is multiplied by."""
+        here = [0.0 if loss is None else count for loss, count in zip(self.losses.losses, samples, strict=True)]
+        self.present = [task for task in range(len(here)) if here[task] or earlier.seen(task)]
+        last = torch.tensor(here, dtype=values.dtype, device=values.device)
+        total = last + torch.tensor(earlier.samples, dtype=values.dtype, device=values.device)
+        sums = earlier.losses.to(values.dtype) + torch.where(last > 0, last * values, torch.zeros_like(values))
+        self.values = torch.where(total > 0, sums / total, math.nan)
+        start = cotangents(self.values, self._settings.eps, self._settings.log_transform)
+        self.starts, self.factors = start * (last / total), start / total
+
+    # ------------------------------------------------- the order of the calls
+
+    def run(self) -> None:
+        """All backward passes, and the combined gradient; nothing but the store and `.grad` is touched."""
+        if self._refuses and self._on_cpu:
+            self._check_losses()
+        if self._measured:
+            self._measure()
+        else:
+            self._reuse()
+        self._taken = self._tasks_that_count()
+        norms = stack_scalars(self.norms, self.store.norm_dtype, self.store.device)
+        weights = self._weights(norms)
+        self._combined = self._combine(weights)
+        self._balance = Balance(self.losses.names, self.values, norms, weights, skipped=False)
+
+    def commit(self, before: list[Tensor | None]) -> None:
+        """Count the batch and set `.grad`; from here on the tasks are fixed."""
+        progress = self._progress
+        averaged = self._taken if self._measured else []
+        if not progress.counts:
+            progress.tasks, progress.named = self.losses.names, self.losses.named
+            progress.counts.extend([0] * len(self.losses.names))
+            progress.ages.extend([0] * len(self.losses.names))
+        progress.store = self.store
+        complete = min(progress.counts) == 0 and len(averaged) == len(self.losses.names)
+        for task in averaged:
+            progress.counts[task] += 1
+        for index in self.reached:
+            progress.reached[index] = True
+        if self._plan.joint:
+            self._remember_norms(averaged)
+        self._write(before)
+        progress.balance, progress.micro_batches = self._balance, None
+        progress.pending, progress.skip_next_step = True, False
+        if complete:
+            self._warn_of_unreached()
+
+    def leave_out(self, overflow: bool) -> None:
+        """Record a batch that is skipped. Under a scaler one `.grad` says whether it was an overflow: inf, or zeros."""
+        progress = self._progress
+        nothing = torch.full_like(self.values, math.nan), torch.zeros_like(self.values)
+        progress.balance = Balance(self.losses.names, self.values, *nothing, skipped=True)
+        progress.micro_batches = None
+        progress.skip_next_step = overflow or not progress.pending
+        if self._scale is not None:
+            signal = self._inputs(self._plan.shared + self._heads)[0]
+            value = math.inf if overflow else 0.0
+            signal.grad = add_gradients(signal.grad, torch.full_like(signal, value))
+
+    def undo(self, before: list[Tensor | None]) -> None:
+        """Leave `.grad` and the counts as they were, and averages that this batch began at zero."""
+        put_gradients(self.parameters, before)
+        self.store.forget_batch()
+        progress = self._progress
+        for task, count in enumerate(progress.counts):
+            if count == 0:
+                self.store.clear(task)
+        if progress.norms is not None and isinstance(self.store, FlatGradientBuffer):
+            progress.norms = self.store.norms()
+
+    # ------------------------------------------------- one pass a task
+
+    def _is_measured(self) -> bool:
+        """Whether this step measures norms: if a task here is new, or its norm is `refresh_every` steps old."""
+        if not self._plan.joint:
+            return True
+        progress = self._progress
+        return not progress.ages or any(
+            progress.counts[task] == 0 or progress.ages[task] >= self._settings.refresh_every for task in self.present
+        )
+
+    def _measure(self) -> None:
+        """One backward pass a task; its gradient goes into the store where it is usable."""
+        inputs = self._inputs([*self._plan.averaged, *self._heads]) if self._plan.joint else None
+        # A task that is known to be left out needs no pass; which one frees the graph depends on it.
+        running = [task for task in self.present if self.usable[task] is not False]
+        last = max((task for task in running if self.losses.losses[task] is not None), default=None)
+        healthy: Flag = True
+        for task in self.present:
+            ok: Flag = False
+            if task in running:
+                ok = self._measure_task(task, inputs, healthy, retain_graph=self._plan.joint or task != last)
+            self.flags.append(ok)
+            healthy = healthy & ok if self._refuses else True
+        if self._refuses and not self._on_cpu:
+            self._check_losses()
+        if self._scale is not None and self._overflow:
+            raise OverflowedBatchError
+        if self._refuses:
+            self._check_gradients()
+        for task, ok in self._held:
+            self.store.accept(task, ok)
+
+    def _measure_task(self, task: int, inputs: list[Tensor] | None, healthy: Flag, retain_graph: bool) -> Flag:
+        """One task's pass; on return its gradients are in the store or gone, so that the next pass finds room."""
+        found = self._pass(task, inputs, retain_graph)
+        own = {position: gradient for position in self._heads if (gradient := found[position]) is not None}
+        finite = joint_size(list(own.values()), self.store.device) < math.inf
+        ok = self._take(task, found, self.usable[task] & healthy, finite)
+        if ok is False:
+            return ok
+        for position, gradient in own.items():
+            masked = isinstance(ok, Tensor) and not self._refuses
+            kept = where_ok(torch.as_tensor(ok), gradient) if masked else gradient
+            self.others[position] = add_gradients(self.others.get(position), kept)
+        return ok
+
+    def _pass(self, task: int, inputs: list[Tensor] | None, retain_graph: bool) -> list[Tensor | None]:
+        """One task's gradients on all parameters; those on large shared ones may be in the store already."""
+        store, beta, early = self.store, self._progress.beta_of(task), self.store.large
+
+        def average(index: int, gradient: Tensor) -> None:
+            store.propose_early(early[index], unscaled(gradient, self._scale), task, beta)
+
+        found: list[Tensor | None] = [None] * len(self.parameters)
+        loss = self.losses.losses[task]
+        if loss is not None:
+            with at_once([self.parameters[self._plan.averaged[index]] for index in early], average):
+                found = take_pass(
+                    [loss],
+                    [self.starts[task]],
+                    [self.losses.names[task]],
+                    self.parameters,
+                    retain_graph=retain_graph,
+                    inputs=inputs,
+                )
+        if self._scale is not None:
+            found = [None if gradient is None else unscaled(gradient, self._scale) for gradient in found]
+        if self._earlier is not None:
+            self._add_earlier(task, found)
+        return found
+
+    def _add_earlier(self, task: int, found: list[Tensor | None]) -> None:
+        """Add what earlier micro-batches brought of this task."""
+        seen = {self._plan.averaged[index]: index for index in self.store.early(task)}
+        for position, total in self._earlier_of(task).items():
+            if position in seen:
+                self.store.propose_early(seen[position], total, task, self._progress.beta_of(task))
+            else:
+                gradient = found[position]
+                found[position] = total if gradient is None else total.add_(gradient)
+
+    def _earlier_of(self, task: int, weight: Scalar = 1.0) -> dict[int, Tensor]:
+        """The sums of earlier micro-batches in units of this batch's gradient, new tensors."""
+        if self._earlier is None or not self._earlier.seen(task):
+            return {}
+        factor = self.factors[task] * weight
+        return {
+            position: total * factor.to(total.device, total.dtype.to_real())
+            for position, total in self._earlier.gradients[task].items()
+        }
+
+    def _take(self, task: int, found: list[Tensor | None], ok: Flag, finite: Flag) -> Flag:
+        """Put one task's shared gradient into the store if it is finite and `ok`; return whether it was."""
+        gradients = [found[position] for position in self._plan.averaged]
+        reached = {index for index, gradient in enumerate(gradients) if gradient is not None} | self.store.early(task)
+        if reached:
+            norm = self.store.propose(gradients, task, self._progress.beta_of(task), owned=True)
+            finite = finite & (norm < math.inf)
+        elif any(self.parameters[position].requires_grad for position in self._plan.shared):
+            raise ValueError(self._reaches_nothing(self.losses.names[task]))
+        self._overflow = self._overflow | (ok & (finite ^ True))
+        ok = ok & finite
+        if not reached:
+            return ok
+        if self._holds:
+            self._held.append((task, ok))
+        else:
+            self.store.accept(task, ok)
+        if ok is False:
+            return ok
+        self.norms[task] = torch.where(ok, norm, math.nan) if isinstance(ok, Tensor) else norm
+        self.reached |= reached
+        return ok
+
+    # ------------------------------------------------- norms as they were
+
+    def _reuse(self) -> None:
+        """The norms as last measured, and the heads' gradients by one pass that stops at the heads."""
+        known = self._progress.norms
+        for task in self.present:
+            ok = self.usable[task]
+            if known is not None:
+                self.norms[task] = torch.where(torch.as_tensor(ok, device=known.device), known[task], math.nan)
+            self.flags.append(ok)
+        if self._refuses and not self._on_cpu:
+            self._check_losses()
+        # Not a product with 0: the start of a bad loss may be NaN.
+        starts = torch.where(self._fine, self.starts, torch.zeros_like(self.starts))
+        gradients = self._joint_pass(starts, self._heads, retain_graph=True)
+        for position, gradient in zip(self._heads, gradients, strict=True):
+            if gradient is not None:
+                self.others[position] = gradient
+        for task in self._tasks_that_count():
+            for position, gradient in self._earlier_of(task).items():
+                if position in self._heads:
+                    self.others[position] = add_gradients(self.others.get(position), gradient)
+
+    # ------------------------------------------------- the combined gradient
+
+    def _combine(self, weights: Tensor) -> list[Tensor | None]:
+        """The shared gradients; empty where the batch brought none."""
+        if not self._plan.joint:
+            return self.store.weighted_sum(weights) if self._taken and self.reached else []
+        starts = torch.where(weights > 0, self.starts * weights, torch.zeros_like(self.starts))
+        combined = self._joint_pass(starts, self._plan.shared, retain_graph=False)
+        for task in self._taken:
+            earlier = self._earlier_of(task, weights[task])
+            for index, position in enumerate(self._plan.shared):
+                if position in earlier:
+                    combined[index] = add_gradients(combined[index], earlier[position])
+        self.reached = {index for index, gradient in enumerate(combined) if gradient is not None}
+        return combined
+
+    def _joint_pass(self, starts: Tensor, positions: list[int], retain_graph: bool) -> list[Tensor | None]:
+        """One pass from all losses that count, down to the parameters at `positions`; refused if not finite."""
+        inputs = self._inputs(positions)
+        tasks = [task for task in self._tasks_that_count() if self.losses.losses[task] is not None]
+        if not inputs or not tasks:
+            return [None] * len(positions)
+        losses, names = [self.losses.loss(task) for task in tasks], [self.losses.names[task] for task in tasks]
+        found = take_pass(
+            losses, [starts[task] for task in tasks], names, self.parameters, retain_graph=retain_graph, inputs=inputs
+        )
+        gradients = [
+            None if (gradient := found[position]) is None else unscaled(gradient, self._scale) for position in positions
+        ]
+        ok = joint_size([gradient for gradient in gradients if gradient is not None], self.store.device) < math.inf
+        if self._scale is None and not self._refuses:
+            return [None if gradient is None else where_ok(torch.as_tensor(ok), gradient) for gradient in gradients]
+        if not ok and self._scale is not None:
+            raise OverflowedBatchError
+        if not ok:
+            raise RefusedBatchError(RuntimeError(bad_gradient(f"the tasks {names} together")))
+        return gradients
+
+    def _inputs(self, positions: list[int]) -> list[Tensor]:
+        return [self.parameters[position] for position in positions if self.parameters[position].requires_grad]
+
+    def _weights(self, norms: Tensor) -> Tensor:
+        settings, priorities = self._settings, self._plan.priorities
+        weights = torch.ones_like(norms) if priorities is None else stack_scalars(priorities, norms.dtype, norms.device)
+        return balance_weights(norms, settings.norm_target, settings.max_weight, weights)
+
+    def _tasks_that_count(self) -> list[int]:
+        """The tasks whose gradients count. An accelerator is not asked: there "ignore" counts all that came."""
+        if not self._on_cpu:
+            return self.present
+        return [task for task, ok in zip(self.present, self.flags, strict=True) if ok]
+
+    # ------------------------------------------------- checks
+
+    def _check_losses(self) -> None:
+        """Refuse the batch if a loss is not usable. Reads the losses on the host."""
+        settings = self._settings
+        usable = self._fine.tolist()
+        for task in self.present:
+            if not usable[task]:
+                value = self.values[task].item()
+                message = describe_bad_loss(self.losses.names[task], value, settings.eps, settings.log_transform)
+                raise RefusedBatchError(ValueError(message))
+
+    def _check_gradients(self) -> None:
+        """Refuse the batch if a gradient is not finite. Reads one flag a task on the host, all at once."""
+        flags = self.flags
+        if flags and isinstance(flags[0], Tensor):
+            flags = torch.stack([torch.as_tensor(flag) for flag in flags]).tolist()
+        for task, ok in zip(self.present, flags, strict=True):
+            if not ok:
+                raise RefusedBatchError(RuntimeError(bad_gradient(f"task {self.losses.names[task]!r}")))
+
+    def _reaches_nothing(self, name: str) -> str:
+        if self._plan.joint:
+            return (
+                f"task {name!r} reaches none of norm_params: its loss does not depend on them, or they are frozen; "
+                "choose some that every task depends on, e.g. norm_params=trunk[-1].parameters()"
+            )
+        return (
+            f"task {name!r} reaches no shared parameter: its loss does not depend on shared_params; "
+            "leave it out of the losses (add its own .backward()), or correct shared_params"
+        )
+
+    # ------------------------------------------------- the result
+
+    def _remember_norms(self, averaged: list[int]) -> None:
+        """Keep the latest norm of every task, and how many steps ago each was measured."""
+        progress, norms = self._progress, self._balance.norms
+        if averaged:
+            known = norms if progress.norms is None else progress.norms
+            progress.norms = torch.where(norms.isnan(), known, norms)
+        progress.ages[:] = [1 if task in averaged else age + 1 for task, age in enumerate(progress.ages)]
+
+    def _warn_of_unreached(self) -> None:
+        unreached = [
+            tuple(self.parameters[position].shape)
+            for position, reached in zip(self._plan.shared, self._progress.reached, strict=True)
+            if not reached and self.parameters[position].requires_grad
+        ]
+        if unreached:
+            warnings.warn(
+                f"no task reaches {len(unreached)} of the shared parameters (the first has shape {unreached[0]}); "
+                "they get no gradient",
+                stacklevel=5,
+            )
+
+    def _write(self, before: list[Tensor | None]) -> None:
+        """Set every `.grad`: what was there before the batch plus what the batch brought, times the scale.
+
+        A shared parameter that some task once reached gets zeros where this batch has nothing for it; one that
+        no task ever reached gets no `.grad`.
+        """
+        new = dict(self.others)
+        for position, gradient, reached in zip(self._plan.shared, self._combined, self._progress.reached, strict=False):
+            if reached:
+                new[position] = torch.zeros_like(self.parameters[position]) if gradient is None else gradient
+        after = list(before)
+        for position, gradient in new.items():
+            scaled = gradient if self._scale is None else gradient * self._scale
+            after[position] = add_gradients(before[position], scaled.to(self.parameters[position].dtype))
+        put_gradients(self.parameters, after)
+
+
+def accumulate(
+    plan: Plan,
+    progress: Progress,
+    parameters: list[Tensor],
+    losses: TaskLosses,
+    samples: Sequence[float],
+    scale: Scalar | None,
+) -> None:
+    """Add one micro-batch to `progress.micro_batches`: one backward pass a task, through all parameters.
+
+    Raises:
+        ValueError: a loss is not usable under ``nonfinite="raise"``; the micro-batches before it stay.
+    """
+    device = parameters[plan.averaged[0]].device
+    values = losses.values(device)
+    if plan.settings.nonfinite == "raise":
+        for task in losses.present:
+            value = values[task].item()
+            if not math.isfinite(value):
+                raise ValueError(describe_bad_loss(losses.names[task], value, plan.settings.eps, log_transform=False))
+    total = progress.micro_batches or no_micro_batches(values)
+    before = take_gradients(parameters)
+    # A failure in the middle of the passes ends the batch: half a micro-batch must not go into the next one.
+    progress.micro_batches = None
+    try:
+        for task in losses.present:
+            start = torch.full_like(values[task], samples[task])
+            found = take_pass(
+                [losses.loss(task)],
+                [start if scale is None else start * scale],
+                [losses.names[task]],
+                parameters,
+                retain_graph=task != losses.present[-1],
+            )
+            total.add(task, [None if gradient is None else unscaled(gradient, scale) for gradient in found])
+            total.losses[task] += values[task] * samples[task]
+            total.samples[task] += samples[task]
+    finally:
+        put_gradients(parameters, before)
+    progress.micro_batches = total
