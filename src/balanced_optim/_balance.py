@@ -46,11 +46,10 @@ def target_norm(norms: Tensor, counts: Tensor, norm_target: str) -> Tensor:
         counts: boolean, shape (T,): which tasks count. With none, alpha is 0.
         norm_target: "max", "mean", "median" (of an even number: the mean of the middle two) or "min".
     """
-    zeros = torch.zeros_like(norms)
-    counted = torch.where(counts, norms, zeros)
+    counted = norms.masked_fill(~counts, 0.0)
     if norm_target == "max":
         return counted.amax()
-    number = counts.sum()
+    zeros, number = torch.zeros_like(norms), counts.sum()
     if norm_target == "mean":
         return counted.sum() / number.clamp(min=1)
     ascending = torch.where(counts, norms, zeros + torch.inf).sort().values
@@ -65,9 +64,8 @@ def balance_weights(
     norms: Tensor,
     norm_target: str | None,
     max_weight: float | None,
-    priorities: Tensor,
 ) -> Tensor:
-    """w_t = min(alpha / ||ema_t||, max_weight) * priority_t; 0 for absent tasks (NaN norm) and zero gradients.
+    """w_t = min(alpha / ||ema_t||, max_weight); 0 for absent tasks (NaN norm) and zero gradients.
 
     Algorithm 1 of the paper adds eps to the norm; here a zero norm is left out instead, so that rescaled
     gradients have exactly equal norms and a single task keeps weight exactly 1.
@@ -75,8 +73,7 @@ def balance_weights(
     Args:
         norms: ||ema_t||, shape (T,); NaN for a task that does not take part.
         norm_target: see `target_norm`; None rescales nothing (w_t = 1 before the cap).
-        max_weight: cap on the weight before priorities, or None.
-        priorities: task weights, shape (T,), multiplied in last.
+        max_weight: cap on the weight, or None.
 
     Returns:
         w, shape (T,), finite for finite norms.
@@ -90,4 +87,4 @@ def balance_weights(
         weights = weights.clamp(max=torch.finfo(norms.dtype).max)
     if max_weight is not None:
         weights = weights.clamp(max=max_weight)
-    return torch.where(counts, weights * priorities, torch.zeros_like(norms))
+    return weights.masked_fill(~counts, 0.0)

@@ -49,6 +49,13 @@ def bad_gradient(whose: str) -> str:
     )
 
 
+def _all(flags: Sequence[Flag]) -> Flag:
+    """Whether all hold; a number on a CPU, else a tensor nobody waits for."""
+    if any(isinstance(flag, Tensor) for flag in flags):
+        return torch.stack([torch.as_tensor(flag) for flag in flags]).all()
+    return all(flags)
+
+
 class Batch:
     """The last, and mostly only, micro-batch of a batch together with those before it.
 
@@ -96,13 +103,11 @@ class Batch:
             self._join(self._earlier, values, samples)
         if scale is not None:
             self.starts = self.starts * scale
-        self._fine = acceptable(self.values, self._settings.eps, self._settings.log_transform)
-        fine = self._fine
+        self._fine: list[Flag] = acceptable(self.values, self._settings.eps, self._settings.log_transform)
+        self.usable = self._fine
         if self._refuses:
             # One bad loss refuses the batch, so no average takes in any part of it.
-            each = fine.unbind()
-            fine = torch.stack([each[task] for task in self.present] or [fine.new_ones(())]).all().expand(len(each))
-        self.usable: list[Flag] = fine.tolist() if self._on_cpu else list(fine.unbind())
+            self.usable = [_all([self._fine[task] for task in self.present])] * len(losses.names)
         self.norms: list[Scalar] = [math.nan] * len(losses.names)
         self.flags: list[Flag] = []
         self.others: dict[int, Tensor] = {}
@@ -314,7 +319,7 @@ class Batch:
         if self._refuses and not self._on_cpu:
             self._check_losses()
         # Not a product with 0: the start of a bad loss may be NaN.
-        starts = torch.where(self._fine, self.starts, torch.zeros_like(self.starts))
+        starts = torch.where(self.starts.isfinite(), self.starts, torch.zeros_like(self.starts))
         gradients = self._joint_pass(starts, self._heads, retain_graph=True)
         for position, gradient in zip(self._heads, gradients, strict=True):
             if gradient is not None:
@@ -367,8 +372,8 @@ class Batch:
 
     def _weights(self, norms: Tensor) -> Tensor:
         settings, priorities = self._settings, self._plan.priorities
-        weights = torch.ones_like(norms) if priorities is None else stack_scalars(priorities, norms.dtype, norms.device)
-        return balance_weights(norms, settings.norm_target, settings.max_weight, weights)
+        weights = balance_weights(norms, settings.norm_target, settings.max_weight)
+        return weights if priorities is None else weights * stack_scalars(priorities, norms.dtype, norms.device)
 
     def _tasks_that_count(self) -> list[int]:
         """The tasks whose gradients count. An accelerator is not asked: there "ignore" counts all that came."""
@@ -381,19 +386,19 @@ class Batch:
     def _check_losses(self) -> None:
         """Refuse the batch if a loss is not usable. Reads the losses on the host."""
         settings = self._settings
-        usable = self._fine.tolist()
+        if _all([self._fine[task] for task in self.present]):
+            return
         for task in self.present:
-            if not usable[task]:
+            if not self._fine[task]:
                 value = self.values[task].item()
                 message = describe_bad_loss(self.losses.names[task], value, settings.eps, settings.log_transform)
                 raise RefusedBatchError(ValueError(message))
 
     def _check_gradients(self) -> None:
         """Refuse the batch if a gradient is not finite. Reads one flag a task on the host, all at once."""
-        flags = self.flags
-        if flags and isinstance(flags[0], Tensor):
-            flags = torch.stack([torch.as_tensor(flag) for flag in flags]).tolist()
-        for task, ok in zip(self.present, flags, strict=True):
+        if _all(self.flags):
+            return
+        for task, ok in zip(self.present, self.flags, strict=True):
             if not ok:
                 raise RefusedBatchError(RuntimeError(bad_gradient(f"task {self.losses.names[task]!r}")))
 

@@ -186,11 +186,10 @@ class _Single:
         """The gradient as a flat vector in the order of the rows: its own memory if that is right and `owned`."""
         place = self.places[0]
         dense = real(gradient)
-        fits = dense.stride() == place.stride and dense.dtype == (dtype or dense.dtype)
-        alone = dense.untyped_storage().nbytes() == place.size * dense.element_size()
-        if not (fits and (alone or dtype is None)) or not owned:
-            wanted = torch.empty_strided(place.shape, place.stride, dtype=dtype or dense.dtype)
-            dense = wanted.copy_(dense)
+        fits = dense.stride() == place.stride and dtype in (None, dense.dtype)
+        # A view into something larger would keep all of that alive.
+        if not (owned and fits and dense.untyped_storage().nbytes() == place.size * dense.itemsize):
+            dense = torch.empty_strided(place.shape, place.stride, dtype=dtype or dense.dtype).copy_(dense)
         return dense.as_strided((place.size,), (1,), dense.storage_offset())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ Scalar = float | Tensor
 Flag = bool | Tensor
 
 
+@cache
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 where `dtype` is double precision."""
     return torch.promote_types(dtype.to_real(), torch.float32)
@@ -33,9 +35,11 @@ def real(gradient: Tensor) -> Tensor:
 def vector_norm(row: Tensor) -> Scalar:
     """The norm of a contiguous stretch, summed in float32 or wider; a number on a CPU."""
     dtype = accumulation_dtype(row.dtype)
-    if row.device.type == "cpu":
+    if row.is_cpu:
         # A dot product takes half the time of a norm here, and pieces keep a half precision row's copies small.
-        return math.sqrt(sum(_square(piece.to(dtype)) for piece in torch.split(row, _DOT_PIECE)))
+        if row.dtype == dtype and row.numel() <= _DOT_PIECE:
+            return math.sqrt(_square(row))
+        return math.sqrt(sum([_square(piece.to(dtype)) for piece in torch.split(row, _DOT_PIECE)]))
     norm: Tensor = torch.linalg.vector_norm(row, dtype=dtype)
     return norm
 

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ._numbers import Scalar
+from ._numbers import Scalar, real, vector_norm
 
 
 def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -136,6 +136,8 @@ def joint_size(gradients: Sequence[Tensor], device: torch.device) -> float | Ten
     One read. A number where `device` is a CPU, else a scalar on it that the host has not waited for.
     """
     values = [g if g.layout is torch.strided else g.coalesce().values() for g in gradients]
+    if device.type == "cpu":
+        return float(sum(float(vector_norm(real(value).reshape(-1))) for value in values))
     norms = [
         norm
         for dtype in {value.dtype for value in values}
@@ -143,8 +145,8 @@ def joint_size(gradients: Sequence[Tensor], device: torch.device) -> float | Ten
             [value for value in values if value.dtype == dtype], dtype=torch.promote_types(dtype, torch.float32)
         )
     ]
-    if device.type == "cpu" or not norms:
-        return float(sum(norm.item() for norm in norms))
+    if not norms:
+        return 0.0
     return torch.stack([norm.to(device, torch.float32) for norm in norms]).sum()
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._numbers import Flag
+
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 Samples = float | Sequence[float] | Mapping[str, float]
 
@@ -189,10 +191,13 @@ def read_samples(samples: Samples, names: tuple[str, ...]) -> list[float]:
     return [float(count) for count in given.values()]  # type: ignore[arg-type]
 
 
-def acceptable(values: Tensor, eps: float, log_transform: bool) -> Tensor:
-    """Boolean, shape (T,): finite, and above -eps where the log is taken. False for absent tasks (NaN)."""
+def acceptable(values: Tensor, eps: float, log_transform: bool) -> list[Flag]:
+    """For every task whether its loss is finite, and above -eps where the log is taken. False where absent (NaN)."""
+    least = -eps if log_transform else -math.inf
+    if values.is_cpu:
+        return [least < value < math.inf for value in values.tolist()]
     # Comparisons with NaN are false; isfinite() would take several passes.
-    return (values > (-eps if log_transform else -math.inf)) & (values < math.inf)
+    return list(((values > least) & (values < math.inf)).unbind())
 
 
 def describe_bad_loss(name: str, value: float, eps: float, log_transform: bool) -> str:
