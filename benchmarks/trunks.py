@@ -41,7 +41,8 @@ class Transformer(nn.Module):
         layer = nn.TransformerEncoderLayer(
             width, 8, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
         )
-        self.encoder = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        # A pre-norm encoder ends in a norm of its own, as GPT-2 does.
+        self.encoder = nn.TransformerEncoder(layer, layers, nn.LayerNorm(width), enable_nested_tensor=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(N, positions) ids -> (N, width)."""
