@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ._accumulation import MicroBatches, no_micro_batches
 from ._balance import Balance, balance_weights
+from ._compiled import check_replay
 from ._gradient_buffer import FlatGradientBuffer
 from ._numbers import Flag, Scalar, stack_scalars
 from ._plan import Plan, Progress
@@ -136,6 +137,14 @@ class Batch:
         """All backward passes, and the combined gradient; nothing but the store and `.grad` is touched."""
         if self._refuses and self._on_cpu:
             self._check_losses()
+        running = [task for task in self.losses.present if self.usable[task] is not False]
+        if self._plan.joint or len(running) > 1:
+            check_replay(
+                [self.losses.loss(task) for task in running],
+                [self.starts[task] for task in running],
+                [self.losses.names[task] for task in running],
+                self.parameters,
+            )
         if self._measured:
             self._measure()
         else:
@@ -473,6 +482,9 @@ def accumulate(
             value = values[task].item()
             if not math.isfinite(value):
                 raise ValueError(describe_bad_loss(losses.names[task], value, plan.settings.eps, log_transform=False))
+    if len(losses.present) > 1:
+        starts = values.new_ones(len(losses.present)).unbind()
+        check_replay(losses.given, starts, [losses.names[task] for task in losses.present], parameters)
     total = progress.micro_batches or no_micro_batches(values)
     before = take_gradients(parameters)
     # A failure in the middle of the passes ends the batch: half a micro-batch must not go into the next one.

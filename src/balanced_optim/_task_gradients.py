@@ -8,8 +8,17 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 
 from ._numbers import Scalar, real, vector_norm
+
+# How to compile for several backward passes over one graph.
+REMEDY = (
+    "put these two lines before the first call of the compiled model:\n"
+    "    torch._functorch.config.donated_buffer = False\n"
+    '    torch.compiler.config.cache_key_tag = "retained graphs"\n'
+    "and, if it ran a backward pass in this process before, torch.compiler.reset() after them"
+)
 
 
 def take_gradients(parameters: Sequence[Tensor]) -> list[Tensor | None]:
@@ -36,21 +45,21 @@ def add_gradients(old: Tensor | None, new: Tensor) -> Tensor:
     return old.add_(new)
 
 
-def leaves(losses: Sequence[Tensor]) -> list[Tensor]:
-    """Every leaf tensor that a backward pass from `losses` would give a gradient to, in no particular order."""
-    found: list[Tensor] = []
+def graph(losses: Sequence[Tensor]) -> list[Node]:
+    """Every node of the graph behind the losses, in no particular order."""
     nodes = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
     seen = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        variable = getattr(node, "variable", None)
-        if variable is not None:
-            found.append(variable)
+    for node in nodes:
         for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 nodes.append(following)
-    return found
+    return nodes
+
+
+def leaves(losses: Sequence[Tensor]) -> list[Tensor]:
+    """Every leaf tensor that a backward pass from `losses` would give a gradient to, in no particular order."""
+    return [variable for node in graph(losses) if (variable := getattr(node, "variable", None)) is not None]
 
 
 def _start(loss: Tensor, cotangent: Tensor) -> Tensor:
@@ -90,6 +99,11 @@ def take_pass(
                 f"the graph of task {' and '.join(map(repr, names))} is gone: step() and backward() need losses that "
                 "no backward pass has used yet; drop any loss.backward() before them and compute the losses anew for "
                 "every step"
+            ) from error
+        if "donated buffers" in str(error):
+            raise RuntimeError(
+                "a compiled region was compiled for one backward pass a graph, but balancing needs one a task; "
+                f"{REMEDY}"
             ) from error
         if "use_reentrant=True" in str(error):
             raise RuntimeError(
