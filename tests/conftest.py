@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import json
 
 import pytest
 import torch
@@ -49,6 +50,12 @@ class Net(nn.Module):
         """Task losses on the batch number `seed`, each on a scale of its own."""
         x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
         return [10.0**task * (output - 1).square().mean() for task, output in enumerate(self(x))]
+
+
+def header_of(state):
+    """The method's numbers (tasks, counts, schedule) in a state dict, or in that of an optimizer."""
+    state = state.state_dict() if isinstance(state, torch.optim.Optimizer) else state
+    return json.loads(state["param_groups"][0]["balanced_optim"])
 
 
 def build_plain(base="adam", **net_options):

@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from conftest import assert_same, build, build_plain, every_base, snapshot, train
+from conftest import assert_same, build, build_plain, every_base, header_of, snapshot, train
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -422,8 +422,8 @@ def test_two_optimizers_in_one_loop():
         assert_same(dict(critic.state_dict()), before[0])
         assert judge.last_balance is before[1]
         assert make.last_balance is not judge.last_balance
-    assert make.state_dict()["param_groups"][0]["balanced_optim"]["counts"] == [3, 3]
-    assert judge.state_dict()["param_groups"][0]["balanced_optim"]["counts"] == [3, 3]
+    assert header_of(make)["counts"] == [3, 3]
+    assert header_of(judge)["counts"] == [3, 3]
 
 
 # ------------------------------------------------- hooks on parameters and modules
@@ -482,7 +482,7 @@ def test_an_exception_in_a_hook_changes_nothing(error, before, failing_pass, bet
                 del entry[name]
     assert_same(actual, expected)
     train(net, optimizer, 1, start=10)
-    header = optimizer.state_dict()["param_groups"][0]["balanced_optim"]
+    header = header_of(optimizer)
     assert header["counts"] == [before + 1] * 2
 
 

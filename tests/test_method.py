@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import one_thread  # noqa: F401
+from conftest import header_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import Reference, weights_of
@@ -58,7 +59,7 @@ def averages(optimizer, task):
     state = optimizer.state_dict()
     name = f"task_ema_{task}"
     rows = [entry[name].reshape(-1) for entry in state["state"].values() if name in entry]
-    return torch.cat(rows).clone(), state["param_groups"][0]["balanced_optim"]["counts"][task]
+    return torch.cat(rows).clone(), header_of(state)["counts"][task]
 
 
 def matrix_optimizer(matrix, dtype=torch.float64, **keywords):
@@ -521,7 +522,7 @@ def test_ignored_tasks_are_like_absent_tasks(where, beta, width):
         )
         assert not balance.skipped
     assert_near([*toy.trunk, *toy.heads], [*slow.trunk, *slow.heads])
-    counts = toy.optimizer.state_dict()["param_groups"][0]["balanced_optim"]["counts"]
+    counts = header_of(toy.optimizer)["counts"]
     assert counts == [oracle.count[name] for name in NAMES]
 
 

@@ -9,7 +9,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from conftest import assert_same, snapshot
+from conftest import assert_same, header_of, snapshot
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -451,7 +451,7 @@ def test_a_new_task_makes_the_step_a_measured_one():
     counts = []
     for seed, absent in enumerate((2, 2, None, 1, None)):
         optimizer.step([None if task == absent else loss for task, loss in enumerate(net.losses(seed))])
-        counts.append(optimizer.state_dict()["param_groups"][0]["balanced_optim"]["counts"])
+        counts.append(header_of(optimizer)["counts"])
     assert counts == [[1, 1, 0], [1, 1, 0], [2, 2, 1], [2, 2, 1], [2, 2, 1]]
 
 
@@ -750,5 +750,5 @@ def test_a_task_that_is_only_in_every_other_batch_is_measured_all_the_same():
         losses = net.losses(step)
         optimizer.zero_grad()
         optimizer.step([losses[0], None, None] if step % 2 else [None, *losses[1:]])
-    counts = optimizer.state_dict()["param_groups"][0]["balanced_optim"]["counts"]
+    counts = header_of(optimizer)["counts"]
     assert min(counts) >= 5

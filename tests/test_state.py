@@ -2,11 +2,19 @@
 
 import copy
 import io
+import json
 
 import pytest
 import torch
-from conftest import assert_same, build, build_plain, every_base, named, snapshot, train
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from conftest import assert_same, build, build_plain, every_base, header_of, named, snapshot, train
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_optimizer_state_dict,
+    set_state_dict,
+)
 
 from balanced_optim import DualBalancedOptimizer
 
@@ -198,26 +206,76 @@ def test_distributed_checkpoint_functions_round_trip(base, fresh):
         train(other, resumed, 3, start=20)
     other.load_state_dict(weights)
     set_optimizer_state_dict(other, resumed, saved)
-    assert_same(resumed.state_dict()["param_groups"][0]["balanced_optim"]["counts"], [2, 2])
+    assert_same(header_of(resumed)["counts"], [2, 2])
     for model, one in ((net, optimizer), (other, resumed)):
         train(model, one, 3, start=2)
     assert_same(dict(other.state_dict()), dict(net.state_dict()))
     assert_same(resumed.last_balance.weights, optimizer.last_balance.weights)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("options", [{}, {"refresh_every": 2}, {"beta": 0.0}], ids=["exact", "one backward", "beta 0"])
+@pytest.mark.parametrize("base", ["sgd", "adam"])
+def test_distributed_checkpoint_on_disk_goes_on_bit_for_bit(base, options, tmp_path):
+    """A fresh optimizer that knows its tasks makes room for what is loaded value by value."""
+
+    def make(seed):
+        net, plain = build_plain(base, seed=seed)
+        some = {"norm_params": net.trunk.parameters()} if "refresh_every" in options else {}
+        return net, DualBalancedOptimizer(plain, net.trunk, task_weights={"a": 1, "b": 2}, **some, **options)
+
+    def joint_state(net, optimizer):
+        model, method = get_state_dict(net, optimizer)
+        return {"model": model, "optimizer": method}
+
+    net, optimizer = make(0)
+    train(net, optimizer, 3, form=named)
+    distributed_checkpoint.save(joint_state(net, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    other, resumed = make(1)
+    state = joint_state(other, resumed)
+    distributed_checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(other, resumed, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+    assert header_of(resumed) == header_of(optimizer)
+    for model, one in ((net, optimizer), (other, resumed)):
+        train(model, one, 3, start=3, form=named)
+    assert_same(dict(other.state_dict()), dict(net.state_dict()))
+    assert_same(resumed.last_balance.weights, optimizer.last_balance.weights)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_distributed_checkpoint_without_room_for_averages_is_refused(tmp_path):
+    net, optimizer = build()
+    train(net, optimizer, 2)
+    distributed_checkpoint.save(get_optimizer_state_dict(net, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    other, resumed = build(seed=1)
+    state = get_optimizer_state_dict(other, resumed)
+    distributed_checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+    before = snapshot(other, resumed)
+    with pytest.raises(ValueError, match="must hold task_ema_0 to task_ema_1 .*also task_weights, by which"):
+        set_optimizer_state_dict(other, resumed, state)
+    assert_same(snapshot(other, resumed), before)
+
+
+def test_a_flattened_distributed_checkpoint_is_refused_rather_than_emptied():
+    net, optimizer = build()
+    train(net, optimizer, 2)
+    with pytest.raises(NotImplementedError, match="only supports tensor"):
+        get_optimizer_state_dict(net, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
+
+
 # ------------------------------------------------- what does not fit
 
 
-def header(state):
-    return state["param_groups"][0]["balanced_optim"]
+def write_header(state, header):
+    state["param_groups"][0]["balanced_optim"] = json.dumps(header)
 
 
 def edit_header(**values):
-    return lambda state: header(state).update(values)
+    return lambda state: write_header(state, {**header_of(state), **values})
 
 
 def drop(name):
-    return lambda state: header(state).pop(name)
+    return lambda state: write_header(state, {key: v for key, v in header_of(state).items() if key != name})
 
 
 def edit_average(change, positions=(0, 1)):

@@ -224,12 +224,14 @@ class Batch:
                 ok = self._measure_task(task, inputs, healthy, retain_graph=self._plan.joint or task != last)
             self.flags.append(ok)
             healthy = healthy & ok if self._refuses else True
-        if self._refuses and not self._on_cpu:
-            self._check_losses()
-        if self._scale is not None and self._overflow:
-            raise OverflowedBatchError
-        if self._refuses:
-            self._check_gradients()
+        # That nothing is wrong takes one read of the device; whose fault it is takes more.
+        if (self._refuses or self._scale is not None) and not _all(self.flags):
+            if self._refuses:
+                self._check_losses()
+            if self._scale is not None and self._overflow:
+                raise OverflowedBatchError
+            if self._refuses:
+                self._check_gradients()
         for task, ok in self._held:
             self.store.accept(task, ok)
 
@@ -405,8 +407,6 @@ class Batch:
 
     def _check_gradients(self) -> None:
         """Refuse the batch if a gradient is not finite. Reads one flag a task on the host, all at once."""
-        if _all(self.flags):
-            return
         for task, ok in zip(self.present, self.flags, strict=True):
             if not ok:
                 raise RefusedBatchError(RuntimeError(bad_gradient(f"task {self.losses.names[task]!r}")))

@@ -89,10 +89,6 @@ class GradientSum:
         """See `large`."""
         raise NotImplementedError
 
-    def averages(self) -> list[list[Tensor]]:
-        """Nothing is kept for a checkpoint."""
-        return []
-
     def forget_batch(self) -> None:
         """Drop what was added up so far."""
         self._total = []

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 VERSION = 2
 KEY = "balanced_optim"
 _EMA = "task_ema_"
 _ROLE = "task_role"
-# What `task_role` says of a parameter.
-_HEAD, _SHARED, _REACHED = 0, 1, 2
+# What `task_role` says of a parameter. Text, on purpose: torch.distributed.checkpoint's flattened form of a state dict
+# would lose the averages without a word, and it refuses text.
+_HEAD, _SHARED, _REACHED = "head", "shared", "reached"
 
 
 @dataclass(slots=True)
@@ -44,29 +45,40 @@ class MethodState:
 def merge(base: dict[str, Any], method: MethodState, shared: Sequence[int], averaged: Sequence[int]) -> dict[str, Any]:
     """A new state dict with the method's state added to the base optimizer's.
 
-    Every parameter gets a scalar entry, heads too: torch.distributed.checkpoint refuses a state dict in which
+    Every parameter gets an entry, heads too: torch.distributed.checkpoint refuses a state dict in which
     some parameters have state and others have none.
     """
     state = {key: dict(entry) if isinstance(entry, dict) else entry for key, entry in base["state"].items()}
     keys = [key for group in base["param_groups"] for key in group["params"]]
     for key in keys:
-        state.setdefault(key, {})[_ROLE] = torch.tensor(_HEAD)
+        state.setdefault(key, {})[_ROLE] = _HEAD
     for position, reached in zip(shared, method.reached, strict=True):
-        state[keys[position]][_ROLE] = torch.tensor(_REACHED if reached else _SHARED)
+        state[keys[position]][_ROLE] = _REACHED if reached else _SHARED
     for position, rows in zip(averaged, method.averages, strict=True):
         # One entry a task, shaped like the parameter: what shards or reshapes the parameter can do it here too.
         state[keys[position]].update({f"{_EMA}{task}": row for task, row in enumerate(rows)})
     groups = [dict(group) for group in base["param_groups"]]
-    groups[0][KEY] = {
+    header = {
         "version": VERSION,
-        "tasks": None if method.tasks is None else list(method.tasks),
+        "tasks": method.tasks,
         "named": method.named,
-        "counts": list(method.counts),
+        "counts": method.counts,
         "beta": method.beta,
         "beta_decay": method.beta_decay,
-        "ages": list(method.ages),
+        "ages": method.ages,
     }
+    # One value, not a nest of them: what loads value by value into the state dict of a fresh optimizer finds its place.
+    groups[0][KEY] = json.dumps(header)
     return {**base, "state": state, "param_groups": groups}
+
+
+def _read_header(text: object) -> dict[str, Any]:
+    """The method's numbers as they were saved; empty where they are not what this library writes."""
+    try:
+        header = json.loads(text) if isinstance(text, str) else None
+    except json.JSONDecodeError:
+        header = None
+    return header if isinstance(header, dict) else {}
 
 
 def _is_ours(name: object) -> bool:
@@ -91,8 +103,8 @@ def split(
     base = {**saved, "state": {key: entry for key, entry in state.items() if entry != {}}, "param_groups": groups}
     if not found:
         return base, None
-    header = found[0]
-    version = header.get("version") if isinstance(header, dict) else None
+    header = _read_header(found[0])
+    version = header.get("version")
     if version != VERSION:
         raise ValueError(
             f"state dict must be of {KEY} version {VERSION}, got version {version!r}; "
@@ -102,7 +114,7 @@ def split(
     if missing:
         raise ValueError(f"state dict must hold {sorted(missing)} under {KEY!r}, got only {sorted(header)}")
     entries = [saved["state"].get(key, {}) for key in keys]
-    roles = [int(entry.get(_ROLE, _HEAD)) for entry in entries]
+    roles = [entry.get(_ROLE, _HEAD) for entry in entries]
     if {position for position, role in enumerate(roles) if role != _HEAD} != set(shared):
         raise ValueError(
             f"state dict must be of the same shared_params, got {sum(role != _HEAD for role in roles)} shared of "
@@ -111,12 +123,13 @@ def split(
     tasks = range(len(header["tasks"] or ()))
     kept = {position for position, entry in enumerate(entries) if all(f"{_EMA}{task}" in entry for task in tasks)}
     some = {position for position, entry in enumerate(entries) if any(f"{_EMA}{task}" in entry for task in tasks)}
-    wanted = {position for position in averaged if roles[position] == _REACHED}
+    wanted = set(averaged)
     if tasks and (kept != some or (kept != wanted and (kept or float(header["beta"]) > 0))):
         raise ValueError(
             f"state dict must hold {_EMA}0 to {_EMA}{len(tasks) - 1} for the {len(wanted)} parameters that are "
             f"averaged here, got all of them for {len(kept)} and some for {len(some)}; give the norm_params and "
-            "max_weight that were saved"
+            "max_weight that were saved; for torch.distributed.checkpoint.load also task_weights, by which a fresh "
+            "optimizer knows its tasks and makes room for their averages"
         )
     for field in ("counts", "ages"):
         numbers = header[field]

@@ -57,7 +57,8 @@ class DualBalancedOptimizer(Optimizer):
     class is a `torch.optim.Optimizer` too and shares `param_groups`, `state` and `defaults` with it.
 
     Cost a step: T backward passes, and memory for (T + 1) * n scalars (n shared scalars), 1 * n at beta = 0
-    without `max_weight`. On a GPU two waits for the device a step, none with ``nonfinite="ignore"``.
+    without `max_weight`. On a GPU one wait for the device a step (two with
+    `norm_params`), none with ``nonfinite="ignore"``.
 
     With `norm_params` (the one-backward form) norms and averages are taken on a subset of the shared parameters
     and ONE joint backward of ``sum_t w_t * log(loss_t + eps)`` gives every shared gradient: its own, not
@@ -333,11 +334,13 @@ class DualBalancedOptimizer(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         progress, plan = self._progress, self._plan
+        store, tasks = progress.store, progress.tasks or self._names_by_position()
+        if store is None and tasks is not None:
+            # Zeros, into which torch.distributed.checkpoint.load can put what was saved.
+            store = plan.new_store(self._parameters(), len(tasks), progress.beta)
         averages: list[list[Tensor]] = [[] for _ in plan.averaged]
-        if progress.store is not None:
-            reached = dict(zip(plan.shared, progress.reached, strict=True))
-            rows = zip(plan.averaged, progress.store.averages(), strict=False)
-            averages[:] = [row if reached[position] else [] for position, row in rows] or averages
+        if isinstance(store, FlatGradientBuffer):
+            averages = store.averages()
         method = MethodState(
             tasks=progress.tasks,
             named=progress.named,
