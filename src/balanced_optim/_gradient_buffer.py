@@ -336,7 +336,9 @@ class FlatGradientBuffer:
             pieces = [torch.split(row, _SUM_PIECE) for row in segment.rows()]
             for columns in zip(*pieces, strict=True):
                 wide = torch.stack(columns).to(accumulation_dtype(columns[0].dtype))
-                total += (wide @ wide.t()).to(total.device, total.dtype)
+                # The caller may be under autocast, which would multiply in half precision.
+                with torch.autocast(wide.device.type, enabled=False):
+                    total += (wide @ wide.t()).to(total.device, total.dtype)
         return total
 
 

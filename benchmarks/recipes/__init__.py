@@ -1,0 +1,1 @@
+"""Short recipes to copy: the balanced optimizer in trainers and loggers that many projects use."""
