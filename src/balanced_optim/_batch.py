@@ -122,6 +122,7 @@ class Batch:
 
     def _join(self, earlier: MicroBatches, values: Tensor, samples: Sequence[float]) -> None:
         """Means over all micro-batches, and what each part of them is multiplied by."""
+        values = values.to(torch.promote_types(values.dtype, earlier.losses.dtype))
         here = [0.0 if loss is None else count for loss, count in zip(self.losses.losses, samples, strict=True)]
         self.present = [task for task in range(len(here)) if here[task] or earlier.seen(task)]
         last = torch.tensor(here, dtype=values.dtype, device=values.device)
@@ -153,6 +154,10 @@ class Batch:
         norms = stack_scalars(self.norms, self.store.norm_dtype, self.store.device)
         weights = self._weights(norms)
         self._combined = self._combine(weights)
+        if self._scale is not None:
+            self._rescale(self._scale)
+        for task, ok in self._held:
+            self.store.accept(task, ok)
         self._balance = Balance(self.losses.names, self.values, norms, weights, skipped=False)
 
     def commit(self, before: list[Tensor | None]) -> None:
@@ -174,6 +179,10 @@ class Batch:
         self._write(before)
         progress.balance, progress.micro_batches = self._balance, None
         progress.pending, progress.skip_next_step = True, False
+        if self._scale is not None and all(parameter.grad is None for parameter in self.parameters):
+            # No task was there. A scaler needs some .grad to look at, and nothing must come of it.
+            self._signal(0.0)
+            progress.skip_next_step = True
         if complete:
             self._warn_of_unreached()
 
@@ -185,9 +194,12 @@ class Batch:
         progress.micro_batches = None
         progress.skip_next_step = overflow or not progress.pending
         if self._scale is not None:
-            signal = self._inputs(self._plan.shared + self._heads)[0]
-            value = math.inf if overflow else 0.0
-            signal.grad = add_gradients(signal.grad, torch.full_like(signal, value))
+            self._signal(math.inf if overflow else 0.0)
+
+    def _signal(self, value: float) -> None:
+        """Add `value` to one `.grad`, where a scaler sees it."""
+        parameter = self._inputs(self._plan.shared + self._heads)[0]
+        parameter.grad = add_gradients(parameter.grad, torch.full_like(parameter, value))
 
     def undo(self, before: list[Tensor | None]) -> None:
         """Leave `.grad` and the counts as they were, and averages that this batch began at zero."""
@@ -232,8 +244,6 @@ class Batch:
                 raise OverflowedBatchError
             if self._refuses:
                 self._check_gradients()
-        for task, ok in self._held:
-            self.store.accept(task, ok)
 
     def _measure_task(self, task: int, inputs: list[Tensor] | None, healthy: Flag, retain_graph: bool) -> Flag:
         """One task's pass; on return its gradients are in the store or gone, so that the next pass finds room."""
@@ -335,40 +345,56 @@ class Batch:
         for position, gradient in zip(self._heads, gradients, strict=True):
             if gradient is not None:
                 self.others[position] = gradient
-        for task in self._tasks_that_count():
-            for position, gradient in self._earlier_of(task).items():
-                if position in self._heads:
-                    self.others[position] = add_gradients(self.others.get(position), gradient)
 
     # ------------------------------------------------- the combined gradient
 
     def _combine(self, weights: Tensor) -> list[Tensor | None]:
         """The shared gradients; empty where the batch brought none."""
+        if not self._taken:
+            return []
         if not self._plan.joint:
-            return self.store.weighted_sum(weights) if self._taken and self.reached else []
+            return self.store.weighted_sum(weights) if self.reached else []
         starts = torch.where(weights > 0, self.starts * weights, torch.zeros_like(self.starts))
-        combined = self._joint_pass(starts, self._plan.shared, retain_graph=False)
-        for task in self._taken:
-            earlier = self._earlier_of(task, weights[task])
-            for index, position in enumerate(self._plan.shared):
-                if position in earlier:
-                    combined[index] = add_gradients(combined[index], earlier[position])
+        combined = self._joint_pass(starts, self._plan.shared, retain_graph=False, weights=weights)
         self.reached = {index for index, gradient in enumerate(combined) if gradient is not None}
         return combined
 
-    def _joint_pass(self, starts: Tensor, positions: list[int], retain_graph: bool) -> list[Tensor | None]:
-        """One pass from all losses that count, down to the parameters at `positions`; refused if not finite."""
-        inputs = self._inputs(positions)
-        tasks = [task for task in self._tasks_that_count() if self.losses.losses[task] is not None]
-        if not inputs or not tasks:
-            return [None] * len(positions)
-        losses, names = [self.losses.loss(task) for task in tasks], [self.losses.names[task] for task in tasks]
-        found = take_pass(
-            losses, [starts[task] for task in tasks], names, self.parameters, retain_graph=retain_graph, inputs=inputs
-        )
-        gradients = [
-            None if (gradient := found[position]) is None else unscaled(gradient, self._scale) for position in positions
-        ]
+    def _rescale(self, scale: Scalar) -> None:
+        """Multiply what goes into `.grad` by the scale, if it can take that."""
+        for gradient in [*self._combined, *self.others.values()]:
+            if gradient is not None:
+                gradient.mul_(scale)
+        everything = [gradient for gradient in [*self._combined, *self.others.values()] if gradient is not None]
+        if not joint_size(everything, self.store.device) < math.inf:
+            raise OverflowedBatchError
+
+    def _joint_pass(
+        self, starts: Tensor, positions: list[int], retain_graph: bool, weights: Tensor | None = None
+    ) -> list[Tensor | None]:
+        """One pass from all losses that count, down to the parameters at `positions`; refused if not finite.
+
+        Earlier micro-batches are added, multiplied by `weights`.
+        """
+        inputs, counted = self._inputs(positions), self._tasks_that_count()
+        tasks = [task for task in counted if self.losses.losses[task] is not None]
+        names = [self.losses.names[task] for task in counted]
+        gradients: list[Tensor | None] = [None] * len(positions)
+        if inputs and tasks:
+            found = take_pass(
+                [self.losses.loss(task) for task in tasks],
+                [starts[task] for task in tasks],
+                [self.losses.names[task] for task in tasks],
+                self.parameters,
+                retain_graph=retain_graph,
+                inputs=inputs,
+            )
+            own = [found[position] for position in positions]
+            gradients = [None if gradient is None else unscaled(gradient, self._scale) for gradient in own]
+        for task in counted:
+            earlier = self._earlier_of(task, 1.0 if weights is None else weights[task])
+            for index, position in enumerate(positions):
+                if position in earlier:
+                    gradients[index] = add_gradients(gradients[index], earlier[position])
         ok = joint_size([gradient for gradient in gradients if gradient is not None], self.store.device) < math.inf
         if self._scale is None and not self._refuses:
             return [None if gradient is None else where_ok(torch.as_tensor(ok), gradient) for gradient in gradients]
@@ -446,7 +472,7 @@ class Batch:
             )
 
     def _write(self, before: list[Tensor | None]) -> None:
-        """Set every `.grad`: what was there before the batch plus what the batch brought, times the scale.
+        """Set every `.grad`: what was there before the batch plus what the batch brought.
 
         A shared parameter that some task once reached gets zeros where this batch has nothing for it; one that
         no task ever reached gets no `.grad`.
@@ -457,8 +483,7 @@ class Batch:
                 new[position] = torch.zeros_like(self.parameters[position]) if gradient is None else gradient
         after = list(before)
         for position, gradient in new.items():
-            scaled = gradient if self._scale is None else gradient * self._scale
-            after[position] = add_gradients(before[position], scaled.to(self.parameters[position].dtype))
+            after[position] = add_gradients(before[position], gradient.to(self.parameters[position].dtype))
         put_gradients(self.parameters, after)
 
 
@@ -486,6 +511,8 @@ def accumulate(
         starts = values.new_ones(len(losses.present)).unbind()
         check_replay(losses.given, starts, [losses.names[task] for task in losses.present], parameters)
     total = progress.micro_batches or no_micro_batches(values)
+    # A micro-batch of half precision, or without any task, must not round the losses of the others.
+    total.losses = total.losses.to(torch.promote_types(total.losses.dtype, values.dtype))
     before = take_gradients(parameters)
     # A failure in the middle of the passes ends the batch: half a micro-batch must not go into the next one.
     progress.micro_batches = None

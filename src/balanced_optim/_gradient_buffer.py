@@ -105,6 +105,10 @@ class _Run:
         """The averages, flat, in the order of the tasks."""
         return [row.flat for row in self._rows]
 
+    def proposed_rows(self) -> list[Tensor]:
+        """The same with the proposals in place of what they would replace."""
+        return [self._proposals.get(task, row).flat for task, row in enumerate(self._rows)]
+
     def load(self, task: int, values: Sequence[Tensor | None]) -> None:
         """Overwrite one average; None sets zeros."""
         for place, value in zip(self.places, values, strict=True):
@@ -160,6 +164,10 @@ class _Single:
     def rows(self) -> list[Tensor]:
         """The averages, flat, in the order of the tasks."""
         return self._rows
+
+    def proposed_rows(self) -> list[Tensor]:
+        """The same with the proposals in place of what they would replace."""
+        return [self._proposals[t][0] if t in self._proposals else row for t, row in enumerate(self._rows)]
 
     def load(self, task: int, values: Sequence[Tensor | None]) -> None:
         """Overwrite one average; None sets zeros."""
@@ -292,11 +300,13 @@ class FlatGradientBuffer:
             segment.rows()[task].zero_()
 
     def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
-        """``sum_t w_t * ema_t`` for each parameter, shaped like it, of float32 or wider; `weights` of shape (T,)."""
+        """``sum_t w_t * ema_t`` for each parameter, shaped like it, of float32 or wider; `weights` of shape (T,).
+
+        Proposals that are neither accepted nor dropped count as accepted.
+        """
         result: list[Tensor | None] = [None] * self._number
         for segment in self._segments:
-            rows = segment.rows()
-            total = _sum_rows(rows, weights)
+            total = _sum_rows(segment.proposed_rows(), weights)
             for member, place in zip(segment.members, segment.places, strict=True):
                 result[member] = place.shaped(total)
         return result

@@ -11,6 +11,9 @@ from torch import Tensor
 from ._numbers import Scalar
 from ._task_losses import TaskLosses
 
+# Nodes between a loss and its product with the scale, where the losses were scaled as one tensor.
+_SHAPE_ONLY = ("UnbindBackward0", "SelectBackward0", "ViewBackward0", "ReshapeAliasBackward0", "SqueezeBackward0")
+
 
 def scale_of(scaler: Any, device: torch.device) -> Scalar | None:
     """The factor by which `scaler` wants gradients scaled, None without one.
@@ -23,21 +26,18 @@ def scale_of(scaler: Any, device: torch.device) -> Scalar | None:
     return scale.item() if device.type == "cpu" else scale
 
 
-def check_unscaled(batch: TaskLosses, scaler: Any, look_for_owner: bool) -> None:
+def check_unscaled(batch: TaskLosses, scaler: Any, look_for_scalers: bool) -> None:
     """Raise if the losses were multiplied by a scaler's scale, which the log would cancel without a word.
 
-    ``scaler.scale(loss)`` leaves a product whose second factor is the scaler's own tensor. Without `scaler` its
-    owner is looked for among all living objects, which takes milliseconds: only with `look_for_owner`.
+    ``scaler.scale(losses)`` leaves a product whose second factor is the scale. Without `scaler` those that are alive
+    are looked for, which takes milliseconds: only with `look_for_scalers`, and only where there is such a product.
     """
     for name, loss in zip(batch.names, batch.losses, strict=True):
         factor = _factor(loss)
-        if factor is None:
+        if factor is None or not (scaler is not None or look_for_scalers):
             continue
-        if scaler is not None:
-            owned = factor is getattr(scaler, "_scale", None)
-        else:
-            owned = look_for_owner and _belongs_to_a_scaler(factor)
-        if owned:
+        scalers = _living_scalers() if scaler is None else [scaler]
+        if any(one.is_enabled() and one.get_scale() == factor.item() for one in scalers):
             raise ValueError(
                 f"loss of task {name!r} must be unscaled, got the product of a loss and a GradScaler's scale, which "
                 "the log transform would cancel; pass the raw losses and the scaler: "
@@ -48,6 +48,8 @@ def check_unscaled(batch: TaskLosses, scaler: Any, look_for_owner: bool) -> None
 def _factor(loss: Tensor | None) -> Tensor | None:
     """The other factor of a loss that is a product with a scalar tensor, as `scaler.scale` makes it."""
     node = None if loss is None else loss.grad_fn
+    while node is not None and node.name() in _SHAPE_ONLY:
+        node = node.next_functions[0][0]
     if node is None or node.name() != "MulBackward0":
         return None
     try:
@@ -60,9 +62,6 @@ def _factor(loss: Tensor | None) -> Tensor | None:
     return None
 
 
-def _belongs_to_a_scaler(factor: Tensor) -> bool:
-    return any(
-        isinstance(owner, torch.amp.GradScaler)
-        or (isinstance(owner, dict) and owner.get("_scale") is factor and "_growth_tracker" in owner)
-        for owner in gc.get_referrers(factor)
-    )
+def _living_scalers() -> list[torch.amp.GradScaler]:
+    # type(), since isinstance() reads __class__, which some objects answer with a warning.
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), torch.amp.GradScaler)]

@@ -188,8 +188,10 @@ class DualBalancedOptimizer(Optimizer):
         with torch.enable_grad():
             returned: Losses | None = closure()
         if returned is None:
+            progress = self._progress
             filled = any(parameter.grad is not None for parameter in self._parameters())
-            if losses is None and not filled and not self._progress.skip_next_step:
+            known = filled or progress.skip_next_step or progress.micro_batches is not None
+            if losses is None and not known:
                 raise TypeError(
                     "closure must return the task losses, got None and no .grad is set; end it with `return losses`, "
                     "without .backward()"
@@ -284,7 +286,7 @@ class DualBalancedOptimizer(Optimizer):
                 f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}; under bf16 leave it out"
             )
         first = progress.balance is None and progress.micro_batches is None
-        check_unscaled(batch, scaler, look_for_owner=first)
+        check_unscaled(batch, scaler, look_for_scalers=first)
         device = self._parameters()[self._plan.averaged[0]].device
         return batch, read_samples(samples, batch.names), scale_of(scaler, device)
 
