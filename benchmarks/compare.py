@@ -1,9 +1,10 @@
-"""The main comparison: DB-MTL, its two halves and equal weighting on two overlaid digits.
+"""The main comparison: DB-MTL, its two halves and equal weighting on real data.
 
 Every method trains the same network on the same batches from the same initial weights, with the
 same optimizer, learning rate and number of steps; only the way the losses are combined differs.
 
-Run from the root of the repository with `python -m benchmarks.compare`. It prints a table and
+Run from the root of the repository with `python -m benchmarks.compare`: on two overlaid digits, or on
+the data set that `--data` names, from the file at `--data-path` where it has one. It prints a table and
 writes `summary.json`, `delta_p.png` and, where DB-MTL is among the methods, `training.png`.
 """
 
@@ -16,10 +17,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from benchmarks.digit_domains import DIGIT_DOMAINS
 from benchmarks.digits import TASKS, two_digits
 from benchmarks.environment import describe_environment
-from benchmarks.methods import METHODS, SINGLE_TASK
+from benchmarks.methods import DEFAULT_METHODS, METHODS, SINGLE_TASK
 from benchmarks.pictures import save_delta_p, save_training
+from benchmarks.problem import DataSet, MakeProblem, Task
 from benchmarks.report import MethodSummary, make_table, summarize, write_summary
 from benchmarks.training import Curves, Run, run_method
 
@@ -33,6 +36,19 @@ Runs = dict[str, list[Run]]
 """Method name to one run per seed; single-task models first."""
 
 
+def two_digits_from(path: Path | None) -> MakeProblem:
+    """Return what makes the two digits of a seed; `DataSet.load` of a data set that needs no file."""
+    if path is not None:
+        raise ValueError(f"digits comes with scikit-learn and takes no file, got {path}")
+    return two_digits
+
+
+DATA = {
+    "digits": DataSet("two digits", TASKS, two_digits_from),
+    "digit_domains": DIGIT_DOMAINS,
+}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the comparison.
 
@@ -43,20 +59,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     console = Console()
     start = time.perf_counter()
-    runs = measure([SINGLE_TASK, *options.methods], options.seeds, options.steps, console)
-    summary = summarize(runs, TASKS)
+    data: DataSet = DATA[options.data]
+    runs = measure(options.make_problem, [SINGLE_TASK, *options.methods], options.seeds, options.steps, console)
+    summary = summarize(runs, data.tasks)
     environment = describe_environment() | {
-        "problem": "two digits",
+        "problem": data.title,
         "steps": options.steps,
         "batch_size": BATCH_SIZE,
         "learning_rate": LEARNING_RATE,
         "seeds": list(range(options.seeds)),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    write_summary(options.out / "summary.json", summary, TASKS, environment)
-    draw(options.out, summary, runs)
-    title = f"Two digits: mean ± std (seeds: {options.seeds}, steps: {options.steps})"
-    console.print(make_table(summary, TASKS, title))
+    write_summary(options.out / "summary.json", summary, data.tasks, environment)
+    draw(options.out, summary, runs, data.tasks)
+    title = f"{data.title.capitalize()}: mean ± std (seeds: {options.seeds}, steps: {options.steps})"
+    console.print(make_table(summary, data.tasks, title))
     console.print(f"Summary and pictures are in {options.out}")
 
 
@@ -70,7 +87,19 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--out",
         type=Path,
         metavar="DIR",
-        help="where the results go (default: benchmarks/results/compare, or compare_quick)",
+        help="where the results go (default: benchmarks/results/compare, compare_quick, compare_digit_domains, ...)",
+    )
+    parser.add_argument(
+        "--data",
+        choices=list(DATA),
+        default="digits",
+        help="the data set (default: digits, which needs no file)",
+    )
+    parser.add_argument(
+        "--data-path",
+        type=Path,
+        metavar="FILE",
+        help="the file of the data set; without one the error says what is expected",
     )
     parser.add_argument(
         "--seeds",
@@ -88,8 +117,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--methods",
         nargs="+",
         choices=[SINGLE_TASK, *METHODS],
-        default=list(METHODS),
-        help="methods to run (default: all); stl always runs, since Delta_p is measured against it",
+        default=DEFAULT_METHODS,
+        help="methods to run (default: all but db_mtl_bfloat16_averages); stl always runs, as Delta_p is against it",
     )
     parser.add_argument(
         "--threads",
@@ -106,13 +135,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     options.steps = options.steps or (QUICK_STEPS if options.quick else FULL_STEPS)
     options.seeds = options.seeds or (QUICK_SEEDS if options.quick else FULL_SEEDS)
-    options.out = options.out or RESULTS / ("compare_quick" if options.quick else "compare")
+    options.out = options.out or RESULTS / _folder(options.data, options.quick)
     options.methods = [name for name in METHODS if name in options.methods]
+    try:
+        options.make_problem = DATA[options.data].load(options.data_path)
+    except ValueError as error:
+        parser.error(f"argument --data-path: {error}")
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         parser.error(f"argument --out: must be a writable directory, got {options.out}: {error}")
     return options
+
+
+def _folder(data: str, quick: bool) -> str:
+    parts = ["compare", data if data != "digits" else "", "quick" if quick else ""]
+    return "_".join(part for part in parts if part)
 
 
 def positive_int(text: str) -> int:
@@ -122,17 +160,19 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def measure(methods: Sequence[str], seeds: int, steps: int, console: Console) -> Runs:
+def measure(make_problem: MakeProblem, methods: Sequence[str], seeds: int, steps: int, console: Console) -> Runs:
     """Train and score every method with every seed, behind a progress bar.
 
     Args:
+        make_problem: The data set.
         methods: Names from `METHODS`, or `SINGLE_TASK`.
         seeds: Number of seeds, counted from 0.
         steps: Optimizer steps of each network.
         console: Where the progress bar goes.
     """
+    problems = [make_problem(seed, BATCH_SIZE) for seed in range(seeds)]
     runs: Runs = {name: [] for name in methods}
-    networks = {name: len(TASKS) if name == SINGLE_TASK else 1 for name in methods}
+    networks = sum(len(problems[0].tasks) if name == SINGLE_TASK else 1 for name in methods)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -142,9 +182,8 @@ def measure(methods: Sequence[str], seeds: int, steps: int, console: Console) ->
     )
     # Methods differ in speed, so the remaining time is read off a long stretch.
     with Progress(*columns, console=console, speed_estimate_period=120) as progress:
-        bar = progress.add_task("", total=seeds * steps * sum(networks.values()))
-        for seed in range(seeds):
-            problem = two_digits(seed, BATCH_SIZE)
+        bar = progress.add_task("", total=seeds * steps * networks)
+        for seed, problem in enumerate(problems):
             for name in methods:
                 progress.update(bar, description=f"seed {seed + 1}/{seeds} {name}")
                 run = run_method(
@@ -159,7 +198,7 @@ def measure(methods: Sequence[str], seeds: int, steps: int, console: Console) ->
     return runs
 
 
-def draw(out: Path, summary: dict[str, MethodSummary], runs: Runs) -> None:
+def draw(out: Path, summary: dict[str, MethodSummary], runs: Runs, tasks: Sequence[Task]) -> None:
     """Save the pictures that the methods at hand allow."""
     gains = {name: method.delta_p for name, method in summary.items() if name != SINGLE_TASK}
     if gains:
@@ -169,7 +208,7 @@ def draw(out: Path, summary: dict[str, MethodSummary], runs: Runs) -> None:
             out / "training.png",
             _curves(runs["db_mtl"]),
             _curves(runs.get("ew", [])),
-            TASKS,
+            tasks,
             label="db_mtl",
             baseline_label="ew",
         )

@@ -55,4 +55,8 @@ METHODS: dict[str, BuildStep] = {
     "max_norm_only": partial(dual_balanced, log_transform=False),
     "db_mtl": dual_balanced,
     "db_mtl_one_backward": one_backward,
+    "db_mtl_bfloat16_averages": partial(dual_balanced, ema_dtype=torch.bfloat16),
 }
+
+DEFAULT_METHODS = [name for name in METHODS if name != "db_mtl_bfloat16_averages"]
+"""The methods that run unless others are named."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
 
 from torch import Tensor, nn
 
@@ -27,9 +29,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs, shape (B, ...), and each task's targets, shape (B, ...), by task name."""
+    """Inputs and targets.
 
-    inputs: Tensor
+    Attributes:
+        inputs: Shape (B, ...), the same for all tasks; or each task's own, by task name.
+        targets: Each task's targets, shape (B, ...), by task name.
+    """
+
+    inputs: Tensor | Mapping[str, Tensor]
     targets: Mapping[str, Tensor]
 
 
@@ -47,10 +54,15 @@ class MultiTaskNet(nn.Module):
         self.trunk = trunk
         self.heads = nn.ModuleDict(heads)
 
-    def forward(self, inputs: Tensor, task_names: Iterable[str]) -> dict[str, Tensor]:
-        """Return the outputs of the named tasks only; the other heads do not run."""
-        features = self.trunk(inputs)
-        return {name: self.heads[name](features) for name in task_names}
+    def forward(self, inputs: Tensor | Mapping[str, Tensor], task_names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the outputs of the named tasks only; the other heads do not run.
+
+        The trunk runs once on inputs of all tasks, or once for each named task on that task's own.
+        """
+        if isinstance(inputs, Tensor):
+            features = self.trunk(inputs)
+            return {name: self.heads[name](features) for name in task_names}
+        return {name: self.heads[name](self.trunk(inputs[name])) for name in task_names}
 
 
 @dataclass(frozen=True)
@@ -68,3 +80,23 @@ class Problem:
     build_model: Callable[[], MultiTaskNet]
     train_batches: Callable[[], Iterator[Batch]]
     test: Batch
+
+
+MakeProblem: TypeAlias = Callable[[int, int], Problem]
+"""`(seed, batch_size) -> Problem`."""
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set that a benchmark can be run on.
+
+    Attributes:
+        title: What tables and result files call it.
+        tasks: The tasks of its problems, in the order in which they are reported.
+        load: Reads the file at a path, None for none, and returns what makes the problem of a seed.
+            Raises `ValueError` if it needs a file and has none that it can use, or takes none.
+    """
+
+    title: str
+    tasks: tuple[Task, ...]
+    load: Callable[[Path | None], MakeProblem]

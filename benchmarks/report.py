@@ -75,7 +75,7 @@ def make_table(summary: Mapping[str, MethodSummary], tasks: Iterable[Task], titl
     An arrow says which way is better.
     """
     tasks = tuple(tasks)
-    table = Table(title=title, box=SIMPLE_HEAD)
+    table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for task in tasks:
         arrow = "↑" if task.higher_is_better else "↓"

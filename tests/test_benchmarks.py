@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 
-from benchmarks import compare, step_cost
+from benchmarks import compare, digit_domains, step_cost
 from benchmarks.digits import TASKS, load_images, overlay, two_digits
 from benchmarks.metrics import Spread, delta_p
 from benchmarks.trunks import TRUNKS, build
@@ -75,6 +76,127 @@ def test_digits_are_overlaid_and_split_before_they_are_paired():
     seen = {tuple(image[0, :, :4].flatten().tolist()) for image in batch.inputs}
     test = {tuple(image[0, :, :4].flatten().tolist()) for image in problem.test.inputs}
     assert len(seen & test) <= 1
+
+
+DOMAIN_COUNTS = {"mnist": 20, "usps": 12, "optdigits": 9}
+DOMAIN_TEST_ROWS = {"mnist": [4, 9, 14, 19], "usps": [8, 9, 10, 11], "optdigits": [5, 6, 7, 8]}
+
+
+def domain_arrays():
+    """Image i of a domain has the one pixel value `first + i`, so that every image tells where it is from."""
+    arrays = {"usps_ntrain": np.array(8), "optdigits_ntrain": np.array(5)}
+    for first, (name, count) in zip((0, 100, 200), DOMAIN_COUNTS.items(), strict=True):
+        values = np.arange(first, first + count, dtype=np.uint8)
+        arrays[f"{name}_x"] = np.repeat(values, 256).reshape(count, 16, 16)
+        arrays[f"{name}_y"] = values % 10
+    return arrays
+
+
+@pytest.fixture
+def domain_file(tmp_path):
+    path = tmp_path / "domains.npz"
+    np.savez(path, **domain_arrays())
+    return path
+
+
+def test_compare_runs_on_digit_domains_with_methods_that_are_not_defaults(tmp_path, capsys):
+    # One digit for all, so that the single-task models are right at least once and Delta_p is defined.
+    sevens = {f"{name}_y": np.full(count, 7) for name, count in DOMAIN_COUNTS.items()}
+    np.savez(tmp_path / "domains.npz", **domain_arrays() | sevens)
+    arguments = ["--data", "digit_domains", "--data-path", str(tmp_path / "domains.npz"), "--methods", "db_mtl"]
+    arguments += ["db_mtl_bfloat16_averages", "--steps", "25", "--seeds", "1", "--out", str(tmp_path)]
+    compare.main(arguments)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["methods"]) == {"stl", "db_mtl", "db_mtl_bfloat16_averages"}
+    for method in summary["methods"].values():
+        assert list(method["tasks"]) == ["mnist", "usps", "optdigits"]
+        assert all(task["mean"] == 1 and task["metric"] == "accuracy" for task in method["tasks"].values())
+    assert summary["environment"]["problem"] == "three digit domains"
+    assert (tmp_path / "training.png").exists()
+    assert "Three digit domains" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", DOMAIN_COUNTS)
+def test_digit_domains_keep_test_images_and_other_domains_out_of_a_tasks_training(name, domain_file):
+    problem = digit_domains.load(domain_file)(0, 64)
+    batch = next(problem.train_batches())
+    assert torch.equal(next(problem.train_batches()).inputs[name], batch.inputs[name])
+    first = {"mnist": 0, "usps": 100, "optdigits": 200}[name]
+    rows = batch.inputs[name][:, 0, 0, 0] * 255 - first
+    assert set(rows.round().int().tolist()) == set(range(DOMAIN_COUNTS[name])) - set(DOMAIN_TEST_ROWS[name])
+    assert torch.equal(batch.targets[name], rows.round().long() % 10)
+    test_rows = problem.test.inputs[name][:, 0, 0, 0] * 255 - first
+    assert test_rows.round().int().tolist() == DOMAIN_TEST_ROWS[name]
+
+
+def test_batches_of_digit_domains_depend_on_the_seed(domain_file):
+    first, second = (next(digit_domains.load(domain_file)(seed, 64).train_batches()) for seed in (0, 1))
+    assert not torch.equal(first.inputs["usps"], second.inputs["usps"])
+
+
+def test_network_runs_its_trunk_on_each_named_tasks_own_inputs_alone(domain_file):
+    problem = digit_domains.load(domain_file)(0, 4)
+    batch, model = next(problem.train_batches()), problem.build_model()
+    runs = []
+    model.trunk.register_forward_hook(lambda module, inputs, output: runs.append(inputs[0]))
+    outputs = model(batch.inputs, ["usps"])
+    assert [run is batch.inputs["usps"] for run in runs] == [True]
+    outputs["usps"].sum().backward()
+    assert model.heads["mnist"].weight.grad is None
+    assert torch.equal(outputs["usps"], model.heads["usps"](model.trunk(batch.inputs["usps"])))
+
+
+def without(key):
+    return {name: array for name, array in domain_arrays().items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        (without("usps_ntrain"), "it lacks usps_ntrain"),
+        (without("mnist_x"), "it lacks mnist_x"),
+        (domain_arrays() | {"mnist_x": np.zeros((20, 8, 8), np.uint8)}, "mnist_x is uint8 of shape (20, 8, 8)"),
+        (domain_arrays() | {"usps_x": np.zeros((12, 16, 16))}, "usps_x is float64"),
+        (domain_arrays() | {"usps_y": np.zeros(11, np.uint8)}, "usps_y must be a digit for each of the 12 images"),
+        (domain_arrays() | {"usps_y": np.full(12, 10)}, "usps_y must be a digit"),
+        (domain_arrays() | {"optdigits_ntrain": np.array(9)}, "optdigits has 9 training and 0 test images"),
+        (domain_arrays() | {"optdigits_ntrain": np.array(2.5)}, "optdigits_ntrain must be a whole number"),
+    ],
+)
+def test_digit_domains_name_what_is_wrong_with_the_file(arrays, message, tmp_path):
+    np.savez(tmp_path / "domains.npz", **arrays)
+    with pytest.raises(ValueError) as error:
+        digit_domains.load(tmp_path / "domains.npz")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an archive", b"PK\x03\x04 cut off"])
+def test_compare_says_which_file_digit_domains_need(content, tmp_path, capsys):
+    path = tmp_path / "domains.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit):
+        compare.parse_arguments(["--data", "digit_domains", "--data-path", str(path), "--out", str(tmp_path)])
+    message = capsys.readouterr().err
+    assert str(path) in message
+    assert_names_the_data(message)
+
+
+def test_compare_says_that_digit_domains_need_a_file(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.parse_arguments(["--data", "digit_domains", "--out", str(tmp_path)])
+    assert_names_the_data(capsys.readouterr().err)
+
+
+def assert_names_the_data(message):
+    for word in (*digit_domains.KEYS, "MNIST", "USPS", "optdigits", "https://archive.ics.uci.edu"):
+        assert word in message
+
+
+def test_compare_refuses_a_file_for_digits(domain_file, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        compare.parse_arguments(["--data-path", str(domain_file), "--out", str(tmp_path)])
+    assert "takes no file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", [*TRUNKS, "mlp16"])
