@@ -30,11 +30,7 @@ from ._task_losses import TaskLosses, acceptable, cotangents, describe_bad_loss
 
 
 class RefusedBatchError(Exception):
-    """A batch that cannot be used; carries the error that the user sees under ``nonfinite="raise"``."""
-
-    def __init__(self, error: Exception) -> None:
-        super().__init__(str(error))
-        self.error = error
+    """A batch that cannot be used; its only argument is the error that the user sees under ``nonfinite="raise"``."""
 
 
 class OverflowedBatchError(Exception):

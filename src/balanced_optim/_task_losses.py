@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch import Tensor
 from ._numbers import Flag
 
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
-Samples = float | Sequence[float] | Mapping[str, float]
+Samples = float | Sequence[float] | Mapping[str, float] | Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +166,15 @@ def _check_loss(name: str, loss: Tensor | None) -> None:
         )
 
 
-def read_samples(samples: Samples, names: tuple[str, ...]) -> list[float]:
+def read_samples(samples: Samples, batch: TaskLosses) -> list[float]:
     """The number of samples behind every task's loss, T of them, in the order of the tasks.
 
     Raises:
-        ValueError: one is missing or not a number > 0.
+        ValueError: one is missing, or not a number > 0 where the task has a loss.
     """
+    names = batch.names
+    if isinstance(samples, Tensor):
+        samples = samples.tolist()
     if isinstance(samples, Mapping):
         given: dict[str, object] = {name: samples.get(name, 1) for name in names}
         unknown = [name for name in samples if name not in names]
@@ -182,13 +186,21 @@ def read_samples(samples: Samples, names: tuple[str, ...]) -> list[float]:
         given = dict(zip(names, samples, strict=True))
     else:
         given = dict.fromkeys(names, samples)
-    for name, count in given.items():
-        if not isinstance(count, int | float) or isinstance(count, bool) or not 0 < count < math.inf:
-            raise ValueError(
-                f"samples of task {name!r} must be a number > 0, got {count!r}; pass None as the loss of a task "
-                "that this batch lacks"
-            )
-    return [float(count) for count in given.values()]  # type: ignore[arg-type]
+    return [
+        0.0 if loss is None else _number_of_samples(name, given[name])
+        for name, loss in zip(names, batch.losses, strict=True)
+    ]
+
+
+def _number_of_samples(name: str, count: object) -> float:
+    if isinstance(count, Tensor) and count.numel() == 1:
+        count = count.item()
+    if not isinstance(count, Real) or isinstance(count, bool) or not 0 < float(count) < math.inf:
+        raise ValueError(
+            f"samples of task {name!r} must be a number > 0, got {count!r}; pass None as the loss of a task that this "
+            "batch lacks"
+        )
+    return float(count)
 
 
 def acceptable(values: Tensor, eps: float, log_transform: bool) -> list[Flag]:

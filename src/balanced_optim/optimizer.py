@@ -208,11 +208,13 @@ class DualBalancedOptimizer(Optimizer):
         As with `.backward()`, gradients are added to a `.grad` that is there, and the graph is freed: in the exact
         form by the last task, which leaves what only other tasks use (their heads, or their own forward pass) to
         go with the losses; `del losses` before the next forward saves that memory. Parameters outside the wrapped
-        optimizer accumulate as with `.backward()`, in the exact form also from a batch that is refused. A batch that
-        is refused leaves parameters, `.grad` and counts as they were. Averages stay too where the form or the
-        value of a loss is to blame. What only shows during the passes (a gradient that is not finite, a used
-        graph, a task that reaches nothing) never enters its own average, but tasks before it in the list may
-        have taken the batch in: holding back all T gradients would double the memory.
+        optimizer accumulate as with `.backward()`, in the exact form also from a batch that is refused.
+
+        A batch that is refused, or fails in a hook, leaves parameters, `.grad`, counts and micro-batches that await
+        completion as they were. Averages stay too where the form or the value of a loss is to blame. What only shows
+        during the passes (a gradient that is not finite, a used graph, a task that reaches nothing) never enters its
+        own average, but tasks before it in the list may have taken the batch in: holding back all T gradients would
+        double the memory.
 
         Args:
             losses: one scalar for each task: a sequence (None = task absent from this batch), a mapping from
@@ -235,15 +237,24 @@ class DualBalancedOptimizer(Optimizer):
         before = take_gradients(work.parameters)
         try:
             work.run()
-        except BaseException as failure:
+        except (RefusedBatchError, OverflowedBatchError) as failure:
             work.undo(before)
-            if isinstance(failure, RefusedBatchError) and self._plan.settings.nonfinite == "raise":
-                raise failure.error from None
-            if not isinstance(failure, RefusedBatchError | OverflowedBatchError):
-                raise
-            work.leave_out(overflow=isinstance(failure, OverflowedBatchError))
+            overflow = isinstance(failure, OverflowedBatchError)
+            # Alone it goes on: bound to `failure` it would be part of a cycle that keeps the graph alive.
+            error = None if overflow else failure.args[0]
+            failure.args = ()
+        except BaseException:
+            work.undo(before)
+            raise
+        else:
+            work.commit(before)
             return
-        work.commit(before)
+        try:
+            if error is not None and self._plan.settings.nonfinite == "raise":
+                raise error
+            work.leave_out(overflow)
+        finally:
+            del error
 
     @torch.no_grad()
     def accumulate(self, losses: Losses, scaler: Any = None, *, samples: Samples = 1) -> None:
@@ -261,8 +272,9 @@ class DualBalancedOptimizer(Optimizer):
             losses: see `backward`.
             scaler: see `backward`; the same one in all micro-batches of a batch.
             samples: of how many samples (tokens, pixels: whatever the loss is a mean over) these losses are the
-                mean: one number, or one for each task as a sequence or mapping. Only ratios between the
-                micro-batches of one batch matter, so leave it out where all are of one size.
+                mean: one number, or one for each task as a sequence, mapping or tensor. Only ratios between the
+                micro-batches of one batch matter, so leave it out where all are of one size. Not read for a task
+                whose loss is None.
 
         Raises:
             TypeError, ValueError: see `backward`; the micro-batches before this one stay. Any other failure drops
@@ -288,7 +300,7 @@ class DualBalancedOptimizer(Optimizer):
         first = progress.balance is None and progress.micro_batches is None
         check_unscaled(batch, scaler, look_for_scalers=first)
         device = self._parameters()[self._plan.averaged[0]].device
-        return batch, read_samples(samples, batch.names), scale_of(scaler, device)
+        return batch, read_samples(samples, batch), scale_of(scaler, device)
 
     @property
     def last_balance(self) -> Balance | None:
