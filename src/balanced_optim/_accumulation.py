@@ -27,15 +27,18 @@ class MicroBatches:
     samples: list[float]
     gradients: list[dict[int, Tensor]]
 
-    def add(self, task: int, gradients: Sequence[Tensor | None]) -> None:
-        """Add one task's gradients of a micro-batch, one entry a parameter; they are taken over."""
+    def add(self, task: int, gradients: Sequence[Tensor | None], samples: float) -> None:
+        """Add `samples` times one task's gradients of a micro-batch, one entry a parameter; they are taken over."""
         known = self.gradients[task]
         for position, gradient in enumerate(gradients):
             if gradient is None:
                 continue
             wide = gradient if gradient.layout is torch.strided else gradient.to_dense()
             wide = wide.to(torch.promote_types(wide.dtype, torch.float32))
-            known[position] = known[position].add_(wide) if position in known else wide
+            if position in known:
+                known[position].add_(wide, alpha=samples)
+            else:
+                known[position] = wide if samples == 1 else wide.mul_(samples)
 
     def seen(self, task: int) -> bool:
         """Whether a micro-batch had this task."""

@@ -23,7 +23,7 @@ class Balance:
             gradient itself at beta = 0); NaN for an absent task.
         weights: w_t, what each averaged gradient was multiplied by; 0 for a task that did not count. A weight in
             the hundreds says that a task is solved and that its noise is being blown up: see `max_weight`.
-        skipped: True where ``nonfinite="skip"`` left the whole batch out.
+        skipped: True where the whole batch was left out: by ``nonfinite="skip"``, or after an overflow under a scaler.
     """
 
     tasks: tuple[str, ...]

@@ -113,7 +113,7 @@ class Batch:
         self._measured = self._is_measured()
         # Under a scaler an overflow is nothing unusual and must leave every average alone: rows wait for the last.
         self._holds = scale is not None and isinstance(self.store, FlatGradientBuffer)
-        self._held: list[tuple[int, Flag]] = []
+        self._held: list[int] = []
         self._overflow: Flag = False
 
     def _join(self, earlier: MicroBatches, values: Tensor, samples: Sequence[float]) -> None:
@@ -152,8 +152,8 @@ class Batch:
         self._combined = self._combine(weights)
         if self._scale is not None:
             self._rescale(self._scale)
-        for task, ok in self._held:
-            self.store.accept(task, ok)
+        for task in self._held:
+            self.store.accept(task, True)
         self._balance = Balance(self.losses.names, self.values, norms, weights, skipped=False)
 
     def commit(self, before: list[Tensor | None]) -> None:
@@ -188,14 +188,15 @@ class Batch:
         nothing = torch.full_like(self.values, math.nan), torch.zeros_like(self.values)
         progress.balance = Balance(self.losses.names, self.values, *nothing, skipped=True)
         progress.micro_batches = None
-        progress.skip_next_step = overflow or not progress.pending
+        # After an overflow it is the scaler that skips.
+        progress.skip_next_step = not overflow and not progress.pending
         if self._scale is not None:
             self._signal(math.inf if overflow else 0.0)
 
     def _signal(self, value: float) -> None:
         """Add `value` to one `.grad`, where a scaler sees it."""
-        parameter = self._inputs(self._plan.shared + self._heads)[0]
-        parameter.grad = add_gradients(parameter.grad, torch.full_like(parameter, value))
+        for parameter in self._inputs(self._plan.shared + self._heads)[:1]:
+            parameter.grad = add_gradients(parameter.grad, torch.full_like(parameter, value))
 
     def undo(self, before: list[Tensor | None]) -> None:
         """Leave `.grad` and the counts as they were, and averages that this batch began at zero."""
@@ -215,8 +216,9 @@ class Batch:
         if not self._plan.joint:
             return True
         progress = self._progress
+        tasks = [task for task in self.present if self.usable[task] is not False]
         return not progress.ages or any(
-            progress.counts[task] == 0 or progress.ages[task] >= self._settings.refresh_every for task in self.present
+            progress.counts[task] == 0 or progress.ages[task] >= self._settings.refresh_every for task in tasks
         )
 
     def _measure(self) -> None:
@@ -240,6 +242,18 @@ class Batch:
                 raise OverflowedBatchError
             if self._refuses:
                 self._check_gradients()
+        if self._scale is not None:
+            self._read_flags()
+
+    def _read_flags(self) -> None:
+        """Know on the host which tasks count, and drop the rows of the others. A scaler waits for the device anyway."""
+        if not self._on_cpu and self.flags:
+            self.flags = torch.stack([torch.as_tensor(flag) for flag in self.flags]).tolist()
+        counted = self._tasks_that_count()
+        for task in self._held:
+            if task not in counted:
+                self.store.accept(task, False)
+        self._held = [task for task in self._held if task in counted]
 
     def _measure_task(self, task: int, inputs: list[Tensor] | None, healthy: Flag, retain_graph: bool) -> Flag:
         """One task's pass; on return its gradients are in the store or gone, so that the next pass finds room."""
@@ -264,7 +278,7 @@ class Batch:
 
         found: list[Tensor | None] = [None] * len(self.parameters)
         loss = self.losses.losses[task]
-        if loss is not None:
+        if loss is not None and inputs != []:
             with at_once([self.parameters[self._plan.averaged[index]] for index in early], average):
                 found = take_pass(
                     [loss],
@@ -314,7 +328,7 @@ class Batch:
         if not reached:
             return ok
         if self._holds:
-            self._held.append((task, ok))
+            self._held.append(task)
         else:
             self.store.accept(task, ok)
         if ok is False:
@@ -335,6 +349,8 @@ class Batch:
             self.flags.append(ok)
         if self._refuses and not self._on_cpu:
             self._check_losses()
+        if self._scale is not None:
+            self._read_flags()
         # Not a product with 0: the start of a bad loss may be NaN.
         starts = torch.where(self.starts.isfinite(), self.starts, torch.zeros_like(self.starts))
         gradients = self._joint_pass(starts, self._heads, retain_graph=True)
@@ -394,11 +410,11 @@ class Batch:
         ok = joint_size([gradient for gradient in gradients if gradient is not None], self.store.device) < math.inf
         if self._scale is None and not self._refuses:
             return [None if gradient is None else where_ok(torch.as_tensor(ok), gradient) for gradient in gradients]
-        if not ok and self._scale is not None:
+        if ok:
+            return gradients
+        if self._scale is not None:
             raise OverflowedBatchError
-        if not ok:
-            raise RefusedBatchError(RuntimeError(bad_gradient(f"the tasks {names} together")))
-        return gradients
+        raise RefusedBatchError(RuntimeError(bad_gradient(f"the tasks {names} together")))
 
     def _inputs(self, positions: list[int]) -> list[Tensor]:
         return [self.parameters[position] for position in positions if self.parameters[position].requires_grad]
@@ -410,9 +426,7 @@ class Batch:
 
     def _tasks_that_count(self) -> list[int]:
         """The tasks whose gradients count. An accelerator is not asked: there "ignore" counts all that came."""
-        if not self._on_cpu:
-            return self.present
-        return [task for task, ok in zip(self.present, self.flags, strict=True) if ok]
+        return [task for task, ok in zip(self.present, self.flags, strict=True) if ok is not False]
 
     # ------------------------------------------------- checks
 
@@ -475,7 +489,7 @@ class Batch:
         """
         new = dict(self.others)
         for position, gradient, reached in zip(self._plan.shared, self._combined, self._progress.reached, strict=False):
-            if reached:
+            if reached and self.parameters[position].requires_grad:
                 new[position] = torch.zeros_like(self.parameters[position]) if gradient is None else gradient
         after = list(before)
         for position, gradient in new.items():
@@ -514,7 +528,7 @@ def accumulate(
     progress.micro_batches = None
     try:
         for task in losses.present:
-            start = torch.full_like(values[task], samples[task])
+            start = torch.ones_like(values[task])
             found = take_pass(
                 [losses.loss(task)],
                 [start if scale is None else start * scale],
@@ -522,7 +536,9 @@ def accumulate(
                 parameters,
                 retain_graph=task != losses.present[-1],
             )
-            total.add(task, [None if gradient is None else unscaled(gradient, scale) for gradient in found])
+            total.add(
+                task, [None if gradient is None else unscaled(gradient, scale) for gradient in found], samples[task]
+            )
             total.losses[task] += values[task] * samples[task]
             total.samples[task] += samples[task]
     finally:

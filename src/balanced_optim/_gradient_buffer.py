@@ -197,7 +197,8 @@ class _Single:
         fits = dense.stride() == place.stride and dtype in (None, dense.dtype)
         # A view into something larger would keep all of that alive.
         if not (owned and fits and dense.untyped_storage().nbytes() == place.size * dense.itemsize):
-            dense = torch.empty_strided(place.shape, place.stride, dtype=dtype or dense.dtype).copy_(dense)
+            wanted = torch.empty_strided(place.shape, place.stride, dtype=dtype or dense.dtype, device=dense.device)
+            dense = wanted.copy_(dense)
         return dense.as_strided((place.size,), (1,), dense.storage_offset())
 
 
@@ -233,7 +234,9 @@ class FlatGradientBuffer:
             row = dtype or accumulation_dtype(parameter.dtype)
             if parameter.device.type == "cpu" and parameter.numel() >= _ALONE:
                 place = _place(parameter, 0)
-                self._segments.append(_Single(index, place, torch.zeros((), dtype=row).expand(tasks, place.size)))
+                self._segments.append(
+                    _Single(index, place, torch.zeros((), dtype=row, device=parameter.device).expand(tasks, place.size))
+                )
             else:
                 runs.setdefault((parameter.device, row), []).append(index)
         for (device, row), members in runs.items():

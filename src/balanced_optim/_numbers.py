@@ -61,7 +61,7 @@ def joint_norm(norms: Sequence[Scalar], device: torch.device) -> Scalar:
 def stack_scalars(values: Sequence[Scalar], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Numbers and scalar tensors as one vector on `device`; NaN numbers stand for what is missing."""
     if device.type == "cpu":
-        return torch.tensor([float(value) for value in values], dtype=dtype)
+        return torch.tensor([float(value) for value in values], dtype=dtype, device=device)
     return torch.stack(
         [
             v.to(device, dtype) if isinstance(v, Tensor) else torch.full((), v, dtype=dtype, device=device)

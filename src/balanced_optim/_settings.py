@@ -139,6 +139,16 @@ def norm_positions(
     return positions
 
 
+def check_rows(base_optim: Optimizer, averaged: list[int], ema_dtype: torch.dtype | None) -> None:
+    """Raise ValueError where `ema_dtype` cannot hold the averages."""
+    parameters = [p for group in base_optim.param_groups for p in group["params"]]
+    if ema_dtype in (torch.bfloat16, torch.float16) and any(parameters[position].is_complex() for position in averaged):
+        raise ValueError(
+            f"ema_dtype must be torch.float32 or torch.float64 where shared parameters are complex, got {ema_dtype}; "
+            "there are no complex numbers of half precision to save"
+        )
+
+
 def _named(shared_params: Iterable[Tensor] | nn.Module, argument: str) -> list[tuple[str, Tensor]]:
     if isinstance(shared_params, nn.Module):
         return [(f"parameter {name!r} of the module", p) for name, p in shared_params.named_parameters()]

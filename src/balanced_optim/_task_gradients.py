@@ -79,8 +79,8 @@ def take_pass(
 ) -> list[Tensor | None]:
     """One backward pass of ``sum_t cotangent_t * loss_t``: gradients on `parameters`, None where it reaches none.
 
-    `.backward()` rather than `autograd.grad`: heads need no list, reentrant activation checkpoints work,
-    parameters outside the optimizer accumulate as usual, and each gradient owns its memory.
+    `.backward()` rather than `autograd.grad`: heads need no list, reentrant activation checkpoints work, and
+    parameters outside the optimizer accumulate as usual. Each gradient owns its memory, and may be overwritten.
 
     Args:
         losses: raw losses, one for the exact form, several for a joint pass.
@@ -111,7 +111,7 @@ def take_pass(
                 "subset of the parameters; change the checkpoint call, or leave norm_params out"
             ) from error
         raise
-    return take_gradients(parameters)
+    return [None if gradient is None else owned(gradient) for gradient in take_gradients(parameters)]
 
 
 @contextmanager
@@ -120,7 +120,7 @@ def at_once(parameters: Sequence[Tensor], use: Callable[[int, Tensor], None]) ->
 
     def hook(index: int, parameter: Tensor) -> None:
         if parameter.grad is not None:
-            use(index, parameter.grad)
+            use(index, owned(parameter.grad))
             parameter.grad = None
 
     handles = [
@@ -133,6 +133,27 @@ def at_once(parameters: Sequence[Tensor], use: Callable[[int, Tensor], None]) ->
     finally:
         for handle in handles:
             handle.remove()
+
+
+def owned(gradient: Tensor) -> Tensor:
+    """The gradient, copied where something else uses its memory.
+
+    The `.grad` of two parameters may be views of one tensor, as with ``a.unsqueeze(0) + b.unsqueeze(0)``, or of a
+    cotangent, or of what a hook keeps. A backward pass alone never writes to it; here it is made into an average.
+    """
+    if gradient.layout is not torch.strided:
+        return gradient
+    return gradient.clone() if _uses(gradient) > _USES_ALONE else gradient
+
+
+def _uses(tensor: Tensor) -> int:
+    """How many objects hold the tensor's memory."""
+    uses: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return uses
+
+
+# What that is for a tensor on its own differs between releases of torch.
+_USES_ALONE = _uses(torch.empty(1))
 
 
 def unscaled(gradient: Tensor, scale: Scalar | None) -> Tensor:
@@ -161,7 +182,8 @@ def joint_size(gradients: Sequence[Tensor], device: torch.device) -> float | Ten
     ]
     if not norms:
         return 0.0
-    return torch.stack([norm.to(device, torch.float32) for norm in norms]).sum()
+    wide = torch.float64 if any(norm.dtype == torch.float64 for norm in norms) else torch.float32
+    return torch.stack([norm.to(device, wide) for norm in norms]).sum()
 
 
 def where_ok(ok: Tensor, gradient: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ._scaling import check_unscaled, scale_of
 from ._settings import (
     Settings,
     check_base_optimizer,
+    check_rows,
     check_schedule,
     norm_positions,
     read_task_weights,
@@ -57,8 +58,8 @@ class DualBalancedOptimizer(Optimizer):
     class is a `torch.optim.Optimizer` too and shares `param_groups`, `state` and `defaults` with it.
 
     Cost a step: T backward passes, and memory for (T + 1) * n scalars (n shared scalars), 1 * n at beta = 0
-    without `max_weight`. On a GPU one wait for the device a step (two with
-    `norm_params`), none with ``nonfinite="ignore"``.
+    without `max_weight`. On a GPU one wait for the device a step, a few with `norm_params` or a
+    scaler; none with ``nonfinite="ignore"`` where neither scaler nor micro-batches are used.
 
     With `norm_params` (the one-backward form) norms and averages are taken on a subset of the shared parameters
     and ONE joint backward of ``sum_t w_t * log(loss_t + eps)`` gives every shared gradient: its own, not
@@ -137,6 +138,7 @@ class DualBalancedOptimizer(Optimizer):
         names, priorities = read_task_weights(task_weights)
         shared = shared_positions(base_optim, shared_params)
         measured = norm_positions(base_optim, norm_params, shared, refresh_every)
+        check_rows(base_optim, measured or shared, ema_dtype)
         self.base_optim = base_optim
         self._plan = Plan(settings, shared, measured or shared, measured is not None, names, priorities)
         self._progress = Progress(beta, beta_decay, names, names is not None, reached=[False] * len(shared))
@@ -263,7 +265,7 @@ class DualBalancedOptimizer(Optimizer):
         Raw losses and raw gradients are added up by task and divided once, so the step equals that of one big
         batch: ``grad log(sum_m s_m loss_m / sum_m s_m)`` over the micro-batches m that have the task. `.grad`,
         averages and counts do not change. `zero_grad()` drops micro-batches that no step has completed. Parameters
-        outside the wrapped optimizer get the plain gradient of the loss times `samples`.
+        outside the wrapped optimizer get the plain gradient of the loss.
 
         Cost: T backward passes through everything, with `norm_params` too, since weights are known only at the
         end; memory for T gradients over all parameters of the wrapped optimizer until the batch is complete.
@@ -277,8 +279,8 @@ class DualBalancedOptimizer(Optimizer):
                 whose loss is None.
 
         Raises:
-            TypeError, ValueError: see `backward`; the micro-batches before this one stay. Any other failure drops
-                them: half a micro-batch must not end up in the next batch.
+            TypeError, ValueError: see `backward`; the micro-batches before this one stay. A failure in the middle of
+                the passes drops them: half a micro-batch must not end up in the next batch.
         """
         batch, counted, scale = self._read(losses, scaler, samples)
         accumulate(self._plan, self._progress, self._parameters(), batch, counted, scale)

@@ -1,0 +1,100 @@
+"""Gradients that share memory with each other, a cotangent or what a hook keeps are not overwritten for them."""
+
+import pytest
+import torch
+from conftest import assert_same
+from torch import nn
+
+from balanced_optim import DualBalancedOptimizer
+
+SIZES = {"small": (3, 4), "medium": (160, 128), "large": (1100, 128)}
+FORMS = {
+    "exact": {},
+    "beta 0": {"beta": 0.0},
+    "one backward": {"norm_params": True},
+    "refreshed": {"norm_params": True, "refresh_every": 2},
+}
+
+
+class Net(nn.Module):
+    """Position and type embeddings, added: with `views` their gradients are views of one tensor."""
+
+    def __init__(self, size, shared, views):
+        super().__init__()
+        torch.manual_seed(0)
+        self.position, self.kind = (nn.Parameter(torch.randn(size, dtype=torch.float64)) for _ in range(2))
+        self.last = nn.Parameter(torch.randn(size[-1], 5, dtype=torch.float64))
+        self.log_variance = nn.ParameterList([nn.Parameter(torch.zeros(1, dtype=torch.float64)) for _ in range(2)])
+        self.trunk = [self.last, self.position, self.kind] if shared else [self.last]
+        self.views = views
+
+    def losses(self, scale):
+        if self.views:
+            x = (self.position.unsqueeze(0) + self.kind.unsqueeze(0))[0]
+            extra = [s.squeeze() for s in self.log_variance]
+        else:
+            x = self.position * 1.0 + self.kind * 1.0
+            extra = [s.sum() * 1.0 for s in self.log_variance]
+        features = (x @ self.last).sin()
+        return [(features - 1).square().mean() * scale + extra[0], features.square().mean() + 0.1 * scale + extra[1]]
+
+
+def end(form, size, shared, views, way):
+    """Parameters, gradients and state after three steps."""
+    net, options = Net(SIZES[size], shared, views), dict(FORMS[form])
+    if "norm_params" in options:
+        options["norm_params"] = [net.last]
+    optimizer = DualBalancedOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), net.trunk, **options)
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if way == "scaler" else None
+    for step in range(3):
+        optimizer.zero_grad()
+        if way == "micro-batches":
+            optimizer.accumulate(net.losses(step + 1.0))
+            optimizer.accumulate(net.losses(step + 2.0))
+        optimizer.backward(net.losses(step + 1.5), scaler)
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+        if scaler is not None:
+            scaler.update()
+    state = optimizer.state_dict()["state"]
+    return [*net.parameters(), *[p.grad for p in net.parameters()], *[v for e in state.values() for v in e.values()]]
+
+
+@pytest.mark.parametrize("way", ["plain", "scaler", "micro-batches"])
+@pytest.mark.parametrize("shared", [False, True], ids=["heads", "shared"])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("form", FORMS)
+def test_parameters_whose_gradients_are_one_tensor(form, size, shared, way):
+    for actual, expected in zip(*(end(form, size, shared, views, way) for views in (True, False)), strict=True):
+        if isinstance(expected, torch.Tensor):
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_what_a_hook_keeps_is_not_the_average(size):
+    net, kept = Net(SIZES[size], True, False), []
+    view = net.position.view(-1)
+    view.register_hook(kept.append)
+    optimizer = DualBalancedOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), net.trunk[:2])
+    features = (view.view(SIZES[size]) @ net.last).sin()
+    optimizer.step([features.mean().exp(), features.square().mean()])
+    before = optimizer.state_dict()["state"][0]
+    copies = {name: value.clone() for name, value in before.items() if isinstance(value, torch.Tensor)}
+    for gradient in kept:
+        gradient.zero_()
+    assert_same({name: before[name] for name in copies}, copies)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_shared_parameter_that_is_frozen_in_mid_training_stays_where_it_is(base, form):
+    net, options = Net(SIZES["small"], True, False), dict(FORMS[form])
+    if "norm_params" in options:
+        options["norm_params"] = [net.last]
+    optimizer = DualBalancedOptimizer(base(net.parameters(), lr=0.05), net.trunk, **options)
+    for step in range(5):
+        if step == 2:
+            net.position.requires_grad_(False)
+            frozen = net.position.clone()
+        optimizer.zero_grad()
+        optimizer.step(net.losses(step + 1.0))
+    assert_same(net.position.data, frozen)
