@@ -1,4 +1,4 @@
-"""What `max_weight` and `eps` do when one of two tasks is solved: a constructed case, in about a minute.
+"""What `max_weight` and `eps` do when one of two tasks is solved: a constructed case, in a few minutes.
 
 Run from the root of the repository with `python -m benchmarks.run_away`. A hard task (fit a random teacher network)
 shares its trunk with a task that needs no more training, in two ways: a hinge loss that reaches zero on most batches,
