@@ -692,7 +692,7 @@ def test_buffer_keeps_the_averages(shapes, copier):
         ]
         norm = buffer.propose(gradients, task, beta)
         assert float(norm) == pytest.approx(math.sqrt(sum((row**2).sum() for row in proposed)), rel=1e-10)
-        buffer.accept(task, torch.tensor(taken))
+        buffer.accept(task, torch.tensor(taken), norm)
         if taken:
             expected[task] = proposed
         if copier is not None and step == 5:
@@ -722,14 +722,14 @@ def test_buffer_sees_every_value_that_is_not_finite(shapes, value):
     parameters = [torch.zeros(shape) for shape in SHAPES[shapes]]
     buffer = FlatGradientBuffer(parameters, 2)
     good = gradients_of(parameters, rng)
-    buffer.accept(1, math.isfinite(buffer.propose(good, 1, 0.5)))
+    buffer.accept(1, math.isfinite(buffer.propose(good, 1, 0.5)), math.nan)
     for index, parameter in enumerate(parameters):
         if parameter.numel():
             bad = copy.deepcopy(good)
             bad[index].view(-1)[-1] = value
             norm = buffer.propose(bad, 1, 0.5)
             assert not math.isfinite(norm)
-            buffer.accept(1, math.isfinite(norm))
+            buffer.accept(1, math.isfinite(norm), norm)
     sums = buffer.weighted_sum(torch.tensor([7.0, 2.0]))
     for found, gradient in zip(sums, good, strict=True):
         torch.testing.assert_close(found, gradient)
@@ -744,7 +744,7 @@ def test_buffer_dtypes(dtype, rows):
     stored = [rows[0].dtype for rows in buffer.averages()] if dtype != torch.complex64 or rows is None else None
     gradients = gradients_of(parameters, rng)
     for task in range(2):
-        buffer.accept(task, math.isfinite(buffer.propose(gradients, task, 0.0)))
+        buffer.accept(task, math.isfinite(buffer.propose(gradients, task, 0.0)), math.nan)
     sums = buffer.weighted_sum(torch.tensor([1.0, 2.0]))
     wide = torch.promote_types(dtype, torch.float32)
     assert sums[0].dtype == (wide if rows is None or dtype.is_complex else torch.float32)
@@ -768,7 +768,7 @@ def test_buffer_loads_and_clears_averages():
     parameters = [torch.zeros(3, 2), torch.zeros(4)]
     buffer = FlatGradientBuffer(parameters, 2)
     for task in (1, 0, 1):
-        buffer.accept(task, math.isfinite(buffer.propose(gradients_of(parameters, rng), task, 0.5)))
+        buffer.accept(task, math.isfinite(buffer.propose(gradients_of(parameters, rng), task, 0.5)), math.nan)
     saved = copy.deepcopy(buffer.averages())
     fresh = FlatGradientBuffer(parameters, 2)
     fresh.load_averages(saved)
@@ -786,7 +786,7 @@ def test_buffer_takes_gradients_of_any_stride(stride):
     memory = torch.arange(32.0)
     gradient = memory.as_strided((3, 4), stride)
     buffer = FlatGradientBuffer([parameter], 1)
-    buffer.accept(0, math.isfinite(buffer.propose([gradient], 0, 0.0)))
+    buffer.accept(0, math.isfinite(buffer.propose([gradient], 0, 0.0)), math.nan)
     torch.testing.assert_close(buffer.averages()[0][0], gradient)
     torch.testing.assert_close(buffer.weighted_sum(torch.ones(1))[0], buffer.averages()[0][0])
     assert torch.equal(memory, torch.arange(32.0))

@@ -45,6 +45,24 @@ class MicroBatches:
         return self.samples[task] > 0
 
 
+def sums_with(earlier: MicroBatches | None, values: Tensor, samples: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
+    """Over all micro-batches ``sum_m s_m loss_m`` and ``sum_m s_m``, and the last ``s_m``; each of shape (T,).
+
+    Args:
+        earlier: the micro-batches before the last.
+        values: losses of the last, NaN where it lacks a task.
+        samples: s_m of the last, 0 where it lacks a task.
+    """
+    if earlier is not None:
+        values = values.to(torch.promote_types(values.dtype, earlier.losses.dtype))
+    last = torch.tensor(samples, dtype=values.dtype, device=values.device)
+    sums, total = torch.where(values.isnan() & (last == 0), torch.zeros_like(values), last * values), last
+    if earlier is not None:
+        sums = sums + earlier.losses.to(values.dtype)
+        total = total + torch.tensor(earlier.samples, dtype=values.dtype, device=values.device)
+    return sums, total, last
+
+
 def no_micro_batches(values: Tensor) -> MicroBatches:
     """Before the first: nothing, for tasks as in `values` of shape (T,)."""
     return MicroBatches(torch.zeros_like(values), [0.0] * len(values), [{} for _ in values])

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from ._accumulation import MicroBatches, no_micro_batches
+from ._accumulation import MicroBatches, no_micro_batches, sums_with
 from ._balance import Balance, balance_weights
 from ._compiled import check_replay
+from ._distributed import Alone, Totals
 from ._gradient_buffer import FlatGradientBuffer
 from ._numbers import Flag, Scalar, stack_scalars
 from ._plan import Plan, Progress
@@ -19,14 +23,15 @@ from ._task_gradients import (
     add_gradients,
     at_once,
     joint_size,
-    leaves,
     put_gradients,
     take_gradients,
-    take_pass,
     unscaled,
     where_ok,
 )
 from ._task_losses import TaskLosses, acceptable, cotangents, describe_bad_loss
+
+
+Result = TypeVar("Result")
 
 
 class RefusedBatchError(Exception):
@@ -53,6 +58,25 @@ def _all(flags: Sequence[Flag]) -> Flag:
     return all(flags)
 
 
+@dataclass(slots=True)
+class _Arrival:
+    """One task's pass: gradients here, and those of all ranks once they are received.
+
+    Attributes:
+        task: its number.
+        own: gradients of parameters that are not shared, by position.
+        size: the sum of their norms; NaN where the pass failed.
+        reached: which averaged parameters this rank reached, by index.
+        receive: waits for this rank's part of the averaged parameters' gradients; None if no pass was made.
+    """
+
+    task: int
+    own: dict[int, Tensor]
+    size: Scalar
+    reached: set[int]
+    receive: Callable[[], list[Tensor | None]] | None
+
+
 class Batch:
     """The last, and mostly only, micro-batch of a batch together with those before it.
 
@@ -76,18 +100,19 @@ class Batch:
         self,
         plan: Plan,
         progress: Progress,
+        ranks: Alone,
         parameters: list[Tensor],
         losses: TaskLosses,
         samples: Sequence[float],
         scale: Scalar | None,
+        totals: Totals | None,
     ) -> None:
-        self._plan, self._progress, self._scale = plan, progress, scale
+        self._plan, self._progress, self._ranks, self._scale = plan, progress, ranks, scale
         self._settings = plan.settings
         self.losses, self.parameters = losses, parameters
-        self.store = progress.store or plan.new_store(parameters, len(losses.names), progress.beta)
+        self.store = progress.store or plan.new_store(ranks, parameters, len(losses.names), progress.beta)
         if plan.joint:
-            known = {id(parameter) for parameter in parameters}
-            self.parameters = parameters + [leaf for leaf in leaves(losses.given) if id(leaf) not in known]
+            self.parameters = parameters + ranks.outside(losses.given, parameters)
         self._heads = sorted(set(range(len(self.parameters))) - set(plan.shared))
         self._on_cpu = self.store.device.type == "cpu"
         self._refuses = self._settings.nonfinite != "ignore"
@@ -96,8 +121,9 @@ class Batch:
         self.present = losses.present
         self.values, self.starts = values, cotangents(values, self._settings.eps, self._settings.log_transform)
         self.factors = torch.zeros_like(values)
-        if self._earlier is not None:
-            self._join(self._earlier, values, samples)
+        self._bad = {} if totals is None else totals.bad
+        if self._earlier is not None or totals is not None:
+            self._join(values, samples, totals)
         if scale is not None:
             self.starts = self.starts * scale
         self._fine: list[Flag] = acceptable(self.values, self._settings.eps, self._settings.log_transform)
@@ -115,18 +141,21 @@ class Batch:
         self._holds = scale is not None and isinstance(self.store, FlatGradientBuffer)
         self._held: list[int] = []
         self._overflow: Flag = False
+        # Under a process group what went wrong here waits until every rank can hear of it.
+        self._failure: BaseException | None = None
 
-    def _join(self, earlier: MicroBatches, values: Tensor, samples: Sequence[float]) -> None:
-        """Means over all micro-batches, and what each part of them is multiplied by."""
-        values = values.to(torch.promote_types(values.dtype, earlier.losses.dtype))
-        here = [0.0 if loss is None else count for loss, count in zip(self.losses.losses, samples, strict=True)]
-        self.present = [task for task in range(len(here)) if here[task] or earlier.seen(task)]
-        last = torch.tensor(here, dtype=values.dtype, device=values.device)
-        total = last + torch.tensor(earlier.samples, dtype=values.dtype, device=values.device)
-        sums = earlier.losses.to(values.dtype) + torch.where(last > 0, last * values, torch.zeros_like(values))
-        self.values = torch.where(total > 0, sums / total, math.nan)
+    def _join(self, values: Tensor, samples: Sequence[float], totals: Totals | None) -> None:
+        """Means over all micro-batches and ranks, and what each part of them is multiplied by."""
+        sums, total, last = sums_with(self._earlier, values, samples)
+        dtype = sums.dtype
+        if totals is None:
+            self.present = [task for task, number in enumerate(total.tolist()) if number > 0]
+        else:
+            sums, total, self.present = totals.sums, totals.samples, totals.present
+        self.values = torch.where(total > 0, sums / total, math.nan).to(dtype)
         start = cotangents(self.values, self._settings.eps, self._settings.log_transform)
-        self.starts, self.factors = start * (last / total), start / total
+        self.starts = start * (last / total * self._ranks.averaging).to(dtype)
+        self.factors = start / total.to(dtype)
 
     # ------------------------------------------------- the order of the calls
 
@@ -136,12 +165,7 @@ class Batch:
             self._check_losses()
         running = [task for task in self.losses.present if self.usable[task] is not False]
         if self._plan.joint or len(running) > 1:
-            check_replay(
-                [self.losses.loss(task) for task in running],
-                [self.starts[task] for task in running],
-                [self.losses.names[task] for task in running],
-                self.parameters,
-            )
+            self._attempt(lambda: self._check_replay(running), None)
         if self._measured:
             self._measure()
         else:
@@ -153,8 +177,29 @@ class Batch:
         if self._scale is not None:
             self._rescale(self._scale)
         for task in self._held:
-            self.store.accept(task, True)
+            self.store.accept(task, True, self.norms[task])
         self._balance = Balance(self.losses.names, self.values, norms, weights, skipped=False)
+
+    def _check_replay(self, running: list[int]) -> None:
+        check_replay(
+            self._ranks.take_pass,
+            [self.losses.loss(task) for task in running],
+            [self.starts[task] for task in running],
+            [self.losses.names[task] for task in running],
+            self.parameters,
+        )
+
+    def _attempt(self, run: Callable[[], Result], otherwise: Result) -> Result:
+        """What `run` returns; `otherwise` if it fails, or something before it did, and other ranks wait for this one."""
+        if self._failure is not None:
+            return otherwise
+        try:
+            return run()
+        except BaseException as failure:
+            if not self._ranks.holds_failures:
+                raise
+            self._failure = failure
+            return otherwise
 
     def commit(self, before: list[Tensor | None]) -> None:
         """Count the batch and set `.grad`; from here on the tasks are fixed."""
@@ -202,12 +247,17 @@ class Batch:
         """Leave `.grad` and the counts as they were, and averages that this batch began at zero."""
         put_gradients(self.parameters, before)
         self.store.forget_batch()
+        # It holds the frames that hold this batch.
+        self._failure = None
         progress = self._progress
         for task, count in enumerate(progress.counts):
             if count == 0:
                 self.store.clear(task)
-        if progress.norms is not None and isinstance(self.store, FlatGradientBuffer):
-            progress.norms = self.store.norms()
+        if progress.norms is not None and not self._holds:
+            norms = stack_scalars(self.norms, progress.norms.dtype, progress.norms.device)
+            known = torch.where(norms.isnan(), progress.norms, norms)
+            counts = torch.tensor(progress.counts, device=known.device)
+            progress.norms = torch.where(counts > 0, known, torch.zeros_like(known))
 
     # ------------------------------------------------- one pass a task
 
@@ -227,13 +277,19 @@ class Batch:
         # A task that is known to be left out needs no pass; which one frees the graph depends on it.
         running = [task for task in self.present if self.usable[task] is not False]
         last = max((task for task in running if self.losses.losses[task] is not None), default=None)
-        healthy: Flag = True
+        # While one task's gradients travel the next pass runs; one process has nothing to wait for.
+        under_way: deque[_Arrival] = deque()
+        self._healthy: Flag = True
         for task in self.present:
-            ok: Flag = False
             if task in running:
-                ok = self._measure_task(task, inputs, healthy, retain_graph=self._plan.joint or task != last)
-            self.flags.append(ok)
-            healthy = healthy & ok if self._refuses else True
+                under_way.append(self._start(task, inputs, retain_graph=self._plan.joint or task != last))
+            else:
+                under_way.append(_Arrival(task, {}, 0.0, set(), None))
+            while len(under_way) > self._ranks.holds_failures:
+                self._finish(under_way.popleft())
+        while under_way:
+            self._finish(under_way.popleft())
+        reached = self._close()
         # That nothing is wrong takes one read of the device; whose fault it is takes more.
         if (self._refuses or self._scale is not None) and not _all(self.flags):
             if self._refuses:
@@ -244,6 +300,26 @@ class Batch:
                 self._check_gradients()
         if self._scale is not None:
             self._read_flags()
+        self.others = self._add_up(self.others, self._heads, reached)
+
+    def _close(self) -> list[bool]:
+        """For every parameter whether it was reached, on any rank; raises if any rank failed."""
+        shared = set() if self._plan.joint else {self._plan.shared[index] for index in self.reached}
+        reached = [position in shared or position in self.others for position in range(len(self.parameters))]
+        if self._ranks.holds_failures:
+            reached = self._ranks.close(self._failure, reached)
+            if not self._plan.joint:
+                self.reached = {index for index, position in enumerate(self._plan.shared) if reached[position]}
+        return reached
+
+    def _add_up(self, gradients: dict[int, Tensor], positions: list[int], reached: list[bool]) -> dict[int, Tensor]:
+        """The sums over all ranks of gradients by position."""
+        sums = self._ranks.add_up(
+            [gradients.get(position) for position in positions],
+            [self.parameters[position] for position in positions],
+            [reached[position] for position in positions],
+        )
+        return {position: total for position, total in zip(positions, sums, strict=True) if total is not None}
 
     def _read_flags(self) -> None:
         """Know on the host which tasks count, and drop the rows of the others. A scaler waits for the device anyway."""
@@ -252,26 +328,37 @@ class Batch:
         counted = self._tasks_that_count()
         for task in self._held:
             if task not in counted:
-                self.store.accept(task, False)
+                self.store.accept(task, False, math.nan)
         self._held = [task for task in self._held if task in counted]
 
-    def _measure_task(self, task: int, inputs: list[Tensor] | None, healthy: Flag, retain_graph: bool) -> Flag:
-        """One task's pass; on return its gradients are in the store or gone, so that the next pass finds room."""
-        found = self._pass(task, inputs, retain_graph)
+    def _start(self, task: int, inputs: list[Tensor] | None, retain_graph: bool) -> _Arrival:
+        """One task's pass; its shared gradients are on their way when this returns."""
+        nothing: list[Tensor | None] = [None] * len(self.parameters)
+        found = self._attempt(lambda: self._pass(task, inputs, retain_graph), nothing)
         own = {position: gradient for position in self._heads if (gradient := found[position]) is not None}
-        finite = joint_size(list(own.values()), self.store.device) < math.inf
-        ok = self._take(task, found, self.usable[task] & healthy, finite)
+        gradients = [found[position] for position in self._plan.averaged]
+        reached = {index for index, gradient in enumerate(gradients) if gradient is not None} | self.store.early(task)
+        size = joint_size(list(own.values()), self.store.device) if self._failure is None else math.nan
+        return _Arrival(task, own, size, reached, self._ranks.send(gradients))
+
+    def _finish(self, arrival: _Arrival) -> None:
+        """On return the task's gradients are in the store or gone, so that the next pass finds room."""
+        ok: Flag = False
+        if arrival.receive is not None:
+            ok = self._take(arrival, self.usable[arrival.task] & self._healthy)
+        self.flags.append(ok)
+        self._healthy = self._healthy & ok if self._refuses else True
         if ok is False:
-            return ok
-        for position, gradient in own.items():
+            return
+        for position, gradient in arrival.own.items():
             masked = isinstance(ok, Tensor) and not self._refuses
             kept = where_ok(torch.as_tensor(ok), gradient) if masked else gradient
             self.others[position] = add_gradients(self.others.get(position), kept)
-        return ok
 
     def _pass(self, task: int, inputs: list[Tensor] | None, retain_graph: bool) -> list[Tensor | None]:
         """One task's gradients on all parameters; those on large shared ones may be in the store already."""
-        store, beta, early = self.store, self._progress.beta_of(task), self.store.large
+        store, beta = self.store, self._progress.beta_of(task)
+        early = store.large if self._ranks.owns_gradients and not self._ranks.reduces_in_passes else []
 
         def average(index: int, gradient: Tensor) -> None:
             store.propose_early(early[index], unscaled(gradient, self._scale), task, beta)
@@ -280,7 +367,7 @@ class Batch:
         loss = self.losses.losses[task]
         if loss is not None and inputs != []:
             with at_once([self.parameters[self._plan.averaged[index]] for index in early], average):
-                found = take_pass(
+                found = self._ranks.take_pass(
                     [loss],
                     [self.starts[task]],
                     [self.losses.names[task]],
@@ -292,7 +379,16 @@ class Batch:
             found = [None if gradient is None else unscaled(gradient, self._scale) for gradient in found]
         if self._earlier is not None:
             self._add_earlier(task, found)
+        self._check_reach(task, found)
         return found
+
+    def _check_reach(self, task: int, found: list[Tensor | None]) -> None:
+        """Refuse a task that this rank has, if it reaches nothing to average although something can be reached."""
+        here = self.losses.losses[task] is not None or (self._earlier is not None and self._earlier.seen(task))
+        if not here or self.store.early(task) or any(found[position] is not None for position in self._plan.averaged):
+            return
+        if any(self.parameters[position].requires_grad for position in self._plan.shared):
+            raise ValueError(self._reaches_nothing(self.losses.names[task]))
 
     def _add_earlier(self, task: int, found: list[Tensor | None]) -> None:
         """Add what earlier micro-batches brought of this task."""
@@ -314,27 +410,29 @@ class Batch:
             for position, total in self._earlier.gradients[task].items()
         }
 
-    def _take(self, task: int, found: list[Tensor | None], ok: Flag, finite: Flag) -> Flag:
+    def _take(self, arrival: _Arrival, ok: Flag) -> Flag:
         """Put one task's shared gradient into the store if it is finite and `ok`; return whether it was."""
-        gradients = [found[position] for position in self._plan.averaged]
-        reached = {index for index, gradient in enumerate(gradients) if gradient is not None} | self.store.early(task)
-        if reached:
-            norm = self.store.propose(gradients, task, self._progress.beta_of(task), owned=True)
-            finite = finite & (norm < math.inf)
-        elif any(self.parameters[position].requires_grad for position in self._plan.shared):
-            raise ValueError(self._reaches_nothing(self.losses.names[task]))
+        task, ranks = arrival.task, self._ranks
+        gradients = arrival.receive()
+        # With other ranks a task that is not here may still have a gradient.
+        proposed = bool(arrival.reached) or any(gradient is not None for gradient in gradients)
+        norm: Scalar = math.nan
+        if proposed:
+            norm = self.store.propose(gradients, task, self._progress.beta_of(task), owned=ranks.owns_gradients)
+        norm, finite = ranks.agree(norm if proposed else 0.0, arrival.size)
+        finite = finite & (norm < math.inf)
         self._overflow = self._overflow | (ok & (finite ^ True))
         ok = ok & finite
-        if not reached:
+        if not proposed:
             return ok
         if self._holds:
             self._held.append(task)
         else:
-            self.store.accept(task, ok)
+            self.store.accept(task, ok, norm)
         if ok is False:
             return ok
         self.norms[task] = torch.where(ok, norm, math.nan) if isinstance(ok, Tensor) else norm
-        self.reached |= reached
+        self.reached |= arrival.reached
         return ok
 
     # ------------------------------------------------- norms as they were
@@ -365,7 +463,7 @@ class Batch:
         if not self._taken:
             return []
         if not self._plan.joint:
-            return self.store.weighted_sum(weights) if self.reached else []
+            return self._ranks.spread(self.store.weighted_sum(weights)) if self.reached else []
         starts = torch.where(weights > 0, self.starts * weights, torch.zeros_like(self.starts))
         combined = self._joint_pass(starts, self._plan.shared, retain_graph=False, weights=weights)
         self.reached = {index for index, gradient in enumerate(combined) if gradient is not None}
@@ -377,7 +475,7 @@ class Batch:
             if gradient is not None:
                 gradient.mul_(scale)
         everything = [gradient for gradient in [*self._combined, *self.others.values()] if gradient is not None]
-        if not joint_size(everything, self.store.device) < math.inf:
+        if not self._ranks.agree(0.0, joint_size(everything, self.store.device))[1]:
             raise OverflowedBatchError
 
     def _joint_pass(
@@ -387,12 +485,33 @@ class Batch:
 
         Earlier micro-batches are added, multiplied by `weights`.
         """
-        inputs, counted = self._inputs(positions), self._tasks_that_count()
-        tasks = [task for task in counted if self.losses.losses[task] is not None]
+        counted = self._tasks_that_count()
+        nothing: list[Tensor | None] = [None] * len(positions)
+        mine = self._attempt(lambda: self._joint_gradients(starts, positions, counted, retain_graph, weights), nothing)
+        reached = [gradient is not None for gradient in mine]
+        if self._ranks.holds_failures:
+            reached = self._ranks.close(self._failure, reached)
+        gradients = self._ranks.add_up(mine, [self.parameters[position] for position in positions], reached)
+        size = joint_size([gradient for gradient in gradients if gradient is not None], self.store.device)
+        ok = self._ranks.agree(0.0, size)[1]
+        if self._scale is None and not self._refuses:
+            return [None if gradient is None else where_ok(torch.as_tensor(ok), gradient) for gradient in gradients]
+        if ok:
+            return gradients
+        if self._scale is not None:
+            raise OverflowedBatchError
         names = [self.losses.names[task] for task in counted]
+        raise RefusedBatchError(RuntimeError(bad_gradient(f"the tasks {names} together")))
+
+    def _joint_gradients(
+        self, starts: Tensor, positions: list[int], counted: list[int], retain_graph: bool, weights: Tensor | None
+    ) -> list[Tensor | None]:
+        """This rank's gradients of a joint pass, earlier micro-batches included."""
+        inputs = self._inputs(positions)
+        tasks = [task for task in counted if self.losses.losses[task] is not None]
         gradients: list[Tensor | None] = [None] * len(positions)
         if inputs and tasks:
-            found = take_pass(
+            found = self._ranks.take_pass(
                 [self.losses.loss(task) for task in tasks],
                 [starts[task] for task in tasks],
                 [self.losses.names[task] for task in tasks],
@@ -407,14 +526,7 @@ class Batch:
             for index, position in enumerate(positions):
                 if position in earlier:
                     gradients[index] = add_gradients(gradients[index], earlier[position])
-        ok = joint_size([gradient for gradient in gradients if gradient is not None], self.store.device) < math.inf
-        if self._scale is None and not self._refuses:
-            return [None if gradient is None else where_ok(torch.as_tensor(ok), gradient) for gradient in gradients]
-        if ok:
-            return gradients
-        if self._scale is not None:
-            raise OverflowedBatchError
-        raise RefusedBatchError(RuntimeError(bad_gradient(f"the tasks {names} together")))
+        return gradients
 
     def _inputs(self, positions: list[int]) -> list[Tensor]:
         return [self.parameters[position] for position in positions if self.parameters[position].requires_grad]
@@ -437,8 +549,8 @@ class Batch:
             return
         for task in self.present:
             if not self._fine[task]:
-                value = self.values[task].item()
-                message = describe_bad_loss(self.losses.names[task], value, settings.eps, settings.log_transform)
+                rank, value = self._bad.get(task, (None, self.values[task].item()))
+                message = describe_bad_loss(self.losses.names[task], value, settings.eps, settings.log_transform, rank)
                 raise RefusedBatchError(ValueError(message))
 
     def _check_gradients(self) -> None:
@@ -487,23 +599,30 @@ class Batch:
         A shared parameter that some task once reached gets zeros where this batch has nothing for it; one that
         no task ever reached gets no `.grad`.
         """
-        new = dict(self.others)
+        new: dict[int, Tensor | None] = dict(self.others)
         for position, gradient, reached in zip(self._plan.shared, self._combined, self._progress.reached, strict=False):
             if reached and self.parameters[position].requires_grad:
-                new[position] = torch.zeros_like(self.parameters[position]) if gradient is None else gradient
+                new[position] = gradient
         after = list(before)
         for position, gradient in new.items():
-            after[position] = add_gradients(before[position], gradient.to(self.parameters[position].dtype))
+            parameter = self.parameters[position]
+            if gradient is None:
+                whole = torch.zeros_like(parameter)
+            else:
+                whole = self._ranks.wrap(gradient.to(parameter.dtype), parameter)
+            after[position] = add_gradients(before[position], whole)
         put_gradients(self.parameters, after)
 
 
 def accumulate(
     plan: Plan,
     progress: Progress,
+    ranks: Alone,
     parameters: list[Tensor],
     losses: TaskLosses,
     samples: Sequence[float],
     scale: Scalar | None,
+    totals: Totals | None,
 ) -> None:
     """Add one micro-batch to `progress.micro_batches`: one backward pass a task, through all parameters.
 
@@ -513,13 +632,13 @@ def accumulate(
     device = parameters[plan.averaged[0]].device
     values = losses.values(device)
     if plan.settings.nonfinite == "raise":
-        for task in losses.present:
-            value = values[task].item()
+        mine = {task: (None, value) for task, value in enumerate(values.tolist()) if losses.losses[task] is not None}
+        for task, (rank, value) in (mine if totals is None else totals.bad).items():
             if not math.isfinite(value):
-                raise ValueError(describe_bad_loss(losses.names[task], value, plan.settings.eps, log_transform=False))
-    if len(losses.present) > 1:
-        starts = values.new_ones(len(losses.present)).unbind()
-        check_replay(losses.given, starts, [losses.names[task] for task in losses.present], parameters)
+                message = describe_bad_loss(
+                    losses.names[task], value, plan.settings.eps, log_transform=False, rank=rank
+                )
+                raise ValueError(message)
     total = progress.micro_batches or no_micro_batches(values)
     # A micro-batch of half precision, or without any task, must not round the losses of the others.
     total.losses = total.losses.to(torch.promote_types(total.losses.dtype, values.dtype))
@@ -527,20 +646,46 @@ def accumulate(
     # A failure in the middle of the passes ends the batch: half a micro-batch must not go into the next one.
     progress.micro_batches = None
     try:
-        for task in losses.present:
-            start = torch.ones_like(values[task])
-            found = take_pass(
-                [losses.loss(task)],
-                [start if scale is None else start * scale],
-                [losses.names[task]],
-                parameters,
-                retain_graph=task != losses.present[-1],
-            )
-            total.add(
-                task, [None if gradient is None else unscaled(gradient, scale) for gradient in found], samples[task]
-            )
-            total.losses[task] += values[task] * samples[task]
-            total.samples[task] += samples[task]
+        failure = None
+        try:
+            _add_passes(total, ranks, parameters, losses, samples, values, scale)
+        except BaseException as error:
+            if not ranks.holds_failures:
+                raise
+            failure = error
+        if ranks.holds_failures:
+            ranks.close(failure, [])
     finally:
+        del failure
         put_gradients(parameters, before)
+        ranks.reset()
     progress.micro_batches = total
+
+
+def _add_passes(
+    total: MicroBatches,
+    ranks: Alone,
+    parameters: list[Tensor],
+    losses: TaskLosses,
+    samples: Sequence[float],
+    values: Tensor,
+    scale: Scalar | None,
+) -> None:
+    """The passes of one micro-batch, added to `total`."""
+    if len(losses.present) > 1:
+        starts = values.new_ones(len(losses.present)).unbind()
+        check_replay(ranks.take_pass, losses.given, starts, [losses.names[task] for task in losses.present], parameters)
+    for task in losses.present:
+        # Where passes add up the ranks' gradients, each must bring its number of samples along.
+        start = torch.ones_like(values[task]) * (samples[task] * ranks.averaging if ranks.reduces_in_passes else 1.0)
+        found = ranks.take_pass(
+            [losses.loss(task)],
+            [start if scale is None else start * scale],
+            [losses.names[task]],
+            parameters,
+            retain_graph=task != losses.present[-1],
+        )
+        gradients = [None if gradient is None else unscaled(gradient, scale) for gradient in found]
+        total.add(task, gradients, 1.0 if ranks.reduces_in_passes else samples[task])
+        total.losses[task] += values[task] * samples[task]
+        total.samples[task] += samples[task]

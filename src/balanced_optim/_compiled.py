@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from weakref import WeakSet
 
 from torch import Tensor
 
-from ._task_gradients import REMEDY, graph, joint_size, put_gradients, take_gradients, take_pass
+from ._task_gradients import REMEDY, graph, joint_size, put_gradients, take_gradients
+
+TakePass = Callable[..., list[Tensor | None]]
 
 # Classes of backward nodes, one for each compiled graph, whose second pass gave the gradient of the first.
 _verified: WeakSet[type] = WeakSet()
@@ -23,13 +25,18 @@ _TOLERANCE = 1e-2
 
 
 def check_replay(
-    losses: Sequence[Tensor], starts: Sequence[Tensor], names: Sequence[str], parameters: Sequence[Tensor]
+    take: TakePass,
+    losses: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
 ) -> None:
     """Raise unless compiled regions that are new in this graph survive a second backward pass.
 
     Two extra passes of one loss, once for each compiled graph; nothing at all where nothing was compiled.
 
     Args:
+        take: how a pass is made, as `take_pass`.
         losses: the losses of this batch, whose graphs have not been used yet.
         starts: a cotangent for each.
         names: their tasks, for messages.
@@ -49,7 +56,7 @@ def check_replay(
         everything = list({id(tensor): tensor for tensor in [*parameters, *outside]}.values())
         before = take_gradients(everything)
         try:
-            first, second = (_norms(loss, start, name, everything) for _ in range(2))
+            first, second = (_norms(take([loss], [start], [name], everything, retain_graph=True)) for _ in range(2))
         finally:
             put_gradients(everything, before)
         pairs = [(a, b) for a, b in zip(first, second, strict=True) if math.isfinite(a)]
@@ -67,7 +74,6 @@ def _anything_compiled() -> bool:
     return utils is not None and utils.counters["stats"]["unique_graphs"] > 0
 
 
-def _norms(loss: Tensor, start: Tensor, name: str, parameters: Sequence[Tensor]) -> list[float]:
-    """The norm of every parameter's gradient, 0 where there is none; `.grad` is None afterwards."""
-    gradients = take_pass([loss], [start], [name], parameters, retain_graph=True)
+def _norms(gradients: Sequence[Tensor | None]) -> list[float]:
+    """The norm of every gradient, 0 where there is none."""
     return [0.0 if gradient is None else float(joint_size([gradient], gradient.device)) for gradient in gradients]

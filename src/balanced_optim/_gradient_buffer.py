@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._numbers import Flag, Scalar, accumulation_dtype, joint_norm, real, stack_scalars, vector_norm
+from ._numbers import Flag, Scalar, accumulation_dtype, joint_norm, real, vector_norm
 
 # A weighted sum is built in pieces of this many elements, which stay in a CPU's cache.
 _SUM_PIECE = 1 << 20
@@ -221,30 +221,41 @@ class FlatGradientBuffer:
         tasks: T, the number of rows.
         dtype: of the rows; None takes float32, or float64 for float64 parameters. Half precision rows halve
             the memory; updates, norms and sums are still computed in float32.
+        shares: for each parameter what part of its squared norm counts, None for all of it: where several processes
+            hold it, so that the sum over them is right.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], tasks: int, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        tasks: int,
+        dtype: torch.dtype | None = None,
+        shares: Sequence[float] | None = None,
+    ) -> None:
         self.tasks = tasks
         self.device = parameters[0].device
         """Where norms are gathered: the device of the first shared parameter."""
         self._number = len(parameters)
         self._segments: list[_Run | _Single] = []
-        runs: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        self._shares: list[float] = []
+        runs: dict[tuple[torch.device, torch.dtype, float], list[int]] = {}
         for index, parameter in enumerate(parameters):
-            row = dtype or accumulation_dtype(parameter.dtype)
+            row, share = dtype or accumulation_dtype(parameter.dtype), 1.0 if shares is None else shares[index]
             if parameter.device.type == "cpu" and parameter.numel() >= _ALONE:
                 place = _place(parameter, 0)
                 self._segments.append(
                     _Single(index, place, torch.zeros((), dtype=row, device=parameter.device).expand(tasks, place.size))
                 )
+                self._shares.append(share)
             else:
-                runs.setdefault((parameter.device, row), []).append(index)
-        for (device, row), members in runs.items():
+                runs.setdefault((parameter.device, row, share), []).append(index)
+        for (device, row, share), members in runs.items():
             places, end = [], 0
             for index in members:
                 places.append(_place(parameters[index], end))
                 end += math.ceil(places[-1].size / _ALIGNMENT) * _ALIGNMENT
             self._segments.append(_Run(members, places, torch.zeros(tasks + 1, end, device=device, dtype=row)))
+            self._shares.append(share)
         self._singles = {s.members[0]: s for s in self._segments if isinstance(s, _Single)}
 
     @property
@@ -281,10 +292,10 @@ class FlatGradientBuffer:
             segment.propose([gradients[member] for member in segment.members], task, beta, owned)
             for segment in self._segments
         ]
-        return joint_norm(norms, self.device)
+        return joint_norm(norms, self.device, self._shares)
 
-    def accept(self, task: int, ok: Flag) -> None:
-        """Make the proposed row the average of `task` if `ok`, else drop it.
+    def accept(self, task: int, ok: Flag, norm: Scalar) -> None:  # noqa: ARG002
+        """Make the proposed row, whose norm is of no matter here, the average of `task` if `ok`; else drop it.
 
         With a Python bool two rows trade places. A boolean tensor is not read by the host of an accelerator: the
         row is copied or kept on the device.
@@ -320,13 +331,12 @@ class FlatGradientBuffer:
         wide = any(segment.rows()[0].dtype == torch.float64 for segment in self._segments)
         return torch.float64 if wide else torch.float32
 
-    def norms(self) -> Tensor:
-        """||ema_t|| of every task, shape (T,): bit for bit what `propose` returned for each."""
-        norms = [
-            joint_norm([vector_norm(segment.rows()[task]) for segment in self._segments], self.device)
+    def norms(self) -> list[Scalar]:
+        """||ema_t|| of every task: bit for bit what `propose` returned for each."""
+        return [
+            joint_norm([vector_norm(segment.rows()[task]) for segment in self._segments], self.device, self._shares)
             for task in range(self.tasks)
         ]
-        return stack_scalars(norms, self.norm_dtype, self.device)
 
     def averages(self) -> list[list[Tensor]]:
         """For each parameter its T averages, shaped like it: views of the rows, valid until the next step."""
@@ -345,13 +355,13 @@ class FlatGradientBuffer:
     def gram(self) -> Tensor:
         """<ema_s, ema_t> for every pair of tasks, shape (T, T), float64; one read of the rows."""
         total = torch.zeros(self.tasks, self.tasks, device=self.device, dtype=torch.float64)
-        for segment in self._segments:
+        for segment, share in zip(self._segments, self._shares, strict=True):
             pieces = [torch.split(row, _SUM_PIECE) for row in segment.rows()]
             for columns in zip(*pieces, strict=True):
                 wide = torch.stack(columns).to(accumulation_dtype(columns[0].dtype))
                 # The caller may be under autocast, which would multiply in half precision.
                 with torch.autocast(wide.device.type, enabled=False):
-                    total += (wide @ wide.t()).to(total.device, total.dtype)
+                    total += share * (wide @ wide.t()).to(total.device, total.dtype)
         return total
 
 

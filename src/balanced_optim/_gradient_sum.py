@@ -26,17 +26,25 @@ class GradientSum:
         device: where norms are gathered.
         priorities: priority_t, T of them.
         normalise: False adds ``priority_t * g_t`` (no rescale to a common norm).
+        shares: see `FlatGradientBuffer`.
     """
 
-    def __init__(self, device: torch.device, priorities: Sequence[float], normalise: bool) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        priorities: Sequence[float],
+        normalise: bool,
+        shares: Sequence[float] | None = None,
+    ) -> None:
         self.device = device
         self._priorities = priorities
         self._normalise = normalise
+        self._shares = shares
         self._total: list[Tensor | None] = []
         self.norm_dtype = torch.float32
         self._scales: dict[int, Scalar] = {}
         self._reference: Scalar = 0.0
-        self._proposal: tuple[list[Tensor | None], Scalar] | None = None
+        self._proposal: list[Tensor | None] | None = None
 
     def propose(
         self,
@@ -44,22 +52,23 @@ class GradientSum:
         task: int,  # noqa: ARG002
         beta: float,  # noqa: ARG002
         *,
-        owned: bool = True,  # noqa: ARG002
+        owned: bool = True,
     ) -> Scalar:
-        """Take g_t and return ||g_t||; the gradients are overwritten by `accept`."""
-        wide = [None if g is None else _wide(g) for g in gradients]
-        present = [g for g in wide if g is not None]
-        norm = _gradients_norm(present, self.device)
-        if any(g.dtype in (torch.float64, torch.complex128) for g in present):
+        """Take g_t and return ||g_t||; gradients that are `owned` are overwritten by `accept`."""
+        wide = [None if g is None else _wide(g) if owned else _wide(g).clone() for g in gradients]
+        if any(g is not None and g.dtype in (torch.float64, torch.complex128) for g in wide):
             self.norm_dtype = torch.float64
-        self._proposal = (wide, norm)
-        return norm
+        self._proposal = wide
+        return self._norm(wide)
 
-    def accept(self, task: int, ok: Flag) -> None:
-        """Add the proposed gradient if `ok`, else drop it; a boolean tensor is not read by the host."""
+    def accept(self, task: int, ok: Flag, norm: Scalar) -> None:
+        """Add the proposed gradient, whose whole norm is `norm`, if `ok`; else drop it.
+
+        A boolean tensor is not read by the host.
+        """
         if self._proposal is None:
             raise RuntimeError("accept() must follow propose()")
-        gradients, norm = self._proposal
+        gradients = self._proposal
         self._proposal = None
         if ok is False:
             return
@@ -95,6 +104,14 @@ class GradientSum:
         self._scales = {}
         self._reference = 0.0
         self._proposal = None
+
+    def _norm(self, gradients: Sequence[Tensor | None]) -> Scalar:
+        alike: dict[float, list[Tensor]] = {}
+        for gradient, share in zip(gradients, self._shares or [1.0] * len(gradients), strict=True):
+            if gradient is not None:
+                alike.setdefault(share, []).append(gradient)
+        norms = [_gradients_norm(together, self.device) for together in alike.values()]
+        return joint_norm(norms, self.device, list(alike))
 
     def _scale(self, norm: Scalar, priority: float, ok: Flag) -> Scalar:
         """What g_t is multiplied by on arrival: w_t up to a factor common to all tasks; 0 if it does not count."""

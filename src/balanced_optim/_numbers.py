@@ -48,8 +48,13 @@ def _square(vector: Tensor) -> float:
     return torch.dot(vector, vector).item()
 
 
-def joint_norm(norms: Sequence[Scalar], device: torch.device) -> Scalar:
-    """||(a, b, ...)||_2 from the norms of the parts: a number on a CPU, a tensor on another `device`."""
+def joint_norm(norms: Sequence[Scalar], device: torch.device, shares: Sequence[float] | None = None) -> Scalar:
+    """||(a, b, ...)||_2 from the norms of the parts: a number on a CPU, a tensor on another `device`.
+
+    `shares` says what part of each square counts.
+    """
+    if shares is not None and any(share != 1 for share in shares):
+        norms = [norm if share == 1 else norm * math.sqrt(share) for norm, share in zip(norms, shares, strict=True)]
     if device.type == "cpu":
         return math.hypot(*[float(norm) for norm in norms])
     tensors = [torch.as_tensor(norm).to(device) for norm in norms]

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ._accumulation import MicroBatches
 from ._balance import Balance, beta_at
+from ._distributed import Alone
 from ._gradient_buffer import FlatGradientBuffer
 from ._gradient_sum import GradientSum
 from ._settings import Settings
@@ -36,14 +37,15 @@ class Plan:
     names: tuple[str, ...] | None
     priorities: tuple[float, ...] | None
 
-    def new_store(self, parameters: Sequence[Tensor], tasks: int, beta: float) -> Store:
+    def new_store(self, ranks: Alone, parameters: Sequence[Tensor], tasks: int, beta: float) -> Store:
         """Rows where the method looks at all gradients at once or again later, else a running sum."""
         settings = self.settings
-        averaged = [parameters[position] for position in self.averaged]
+        averaged = ranks.parts([parameters[position] for position in self.averaged])
         capped = settings.max_weight is not None and settings.norm_target is not None
         if beta > 0 or capped or self.joint:
-            return FlatGradientBuffer(averaged, tasks, settings.ema_dtype)
-        return GradientSum(averaged[0].device, self.priorities or (1.0,) * tasks, settings.norm_target is not None)
+            return FlatGradientBuffer(averaged, tasks, settings.ema_dtype, ranks.shares)
+        priorities = self.priorities or (1.0,) * tasks
+        return GradientSum(averaged[0].device, priorities, settings.norm_target is not None, ranks.shares)
 
 
 @dataclass(slots=True)

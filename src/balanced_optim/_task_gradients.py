@@ -62,6 +62,10 @@ def leaves(losses: Sequence[Tensor]) -> list[Tensor]:
     return [variable for node in graph(losses) if (variable := getattr(node, "variable", None)) is not None]
 
 
+def _starts(losses: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    return [_start(loss, cotangent) for loss, cotangent in zip(losses, cotangents, strict=True)]
+
+
 def _start(loss: Tensor, cotangent: Tensor) -> Tensor:
     if cotangent.dtype == loss.dtype and cotangent.device == loss.device and loss.dim() == 0:
         return cotangent
@@ -90,9 +94,52 @@ def take_pass(
         retain_graph: keep the graph for another pass.
         inputs: stop at these: on a trunk's last layer the pass never enters the layers before.
     """
-    starts = [_start(loss, cotangent) for loss, cotangent in zip(losses, cotangents, strict=True)]
+    found = raw_pass(losses, cotangents, names, parameters, retain_graph=retain_graph, inputs=inputs)
+    return [None if gradient is None else owned(gradient) for gradient in found]
+
+
+def raw_pass(
+    losses: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+    inputs: Sequence[Tensor] | None = None,
+) -> list[Tensor | None]:
+    """The same, with the gradients as the backward pass left them in `.grad`."""
+    with _explained(names):
+        torch.autograd.backward(losses, _starts(losses, cotangents), retain_graph=retain_graph, inputs=inputs)
+    return take_gradients(parameters)
+
+
+def take_grad(
+    losses: Sequence[Tensor],
+    cotangents: Sequence[Tensor],
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+    inputs: Sequence[Tensor] | None = None,
+) -> list[Tensor | None]:
+    """The same by `torch.autograd.grad`: only `parameters` get gradients, and no hook on a `.grad` runs."""
+    wanted = parameters if inputs is None else inputs
+    kept = [parameter for parameter in wanted if parameter.requires_grad]
+    with _explained(names):
+        gradients = torch.autograd.grad(
+            losses, kept, _starts(losses, cotangents), retain_graph=retain_graph, allow_unused=True
+        )
+    found = {id(parameter): gradient for parameter, gradient in zip(kept, gradients, strict=True)}
+    result = [found.get(id(parameter)) for parameter in parameters]
+    del gradients, found
+    return [None if gradient is None else owned(gradient) for gradient in result]
+
+
+@contextmanager
+def _explained(names: Sequence[str]) -> Iterator[None]:
+    """Say what to do about the errors of a backward pass that a user of this library meets."""
     try:
-        torch.autograd.backward(losses, starts, retain_graph=retain_graph, inputs=inputs)
+        yield
     except RuntimeError as error:
         if "backward through the graph a second time" in str(error):
             raise RuntimeError(
@@ -107,11 +154,10 @@ def take_pass(
             ) from error
         if "use_reentrant=True" in str(error):
             raise RuntimeError(
-                "norm_params needs activation checkpoints with use_reentrant=False: a reentrant one cannot stop at a "
-                "subset of the parameters; change the checkpoint call, or leave norm_params out"
+                "norm_params and process_group need activation checkpoints with use_reentrant=False: a reentrant one "
+                "cannot say which gradients are wanted; change the checkpoint call, or leave that argument out"
             ) from error
         raise
-    return [None if gradient is None else owned(gradient) for gradient in take_gradients(parameters)]
 
 
 @contextmanager

@@ -166,11 +166,11 @@ def _check_loss(name: str, loss: Tensor | None) -> None:
         )
 
 
-def read_samples(samples: Samples, batch: TaskLosses) -> list[float]:
+def read_samples(samples: Samples, batch: TaskLosses, *, may_be_zero: bool = False) -> list[float]:
     """The number of samples behind every task's loss, T of them, in the order of the tasks.
 
     Raises:
-        ValueError: one is missing, or not a number > 0 where the task has a loss.
+        ValueError: one is missing, or not a number > 0 (or >= 0 where it `may_be_zero`) where the task has a loss.
     """
     names = batch.names
     if isinstance(samples, Tensor):
@@ -187,14 +187,16 @@ def read_samples(samples: Samples, batch: TaskLosses) -> list[float]:
     else:
         given = dict.fromkeys(names, samples)
     return [
-        0.0 if loss is None else _number_of_samples(name, given[name])
+        0.0 if loss is None else _number_of_samples(name, given[name], may_be_zero)
         for name, loss in zip(names, batch.losses, strict=True)
     ]
 
 
-def _number_of_samples(name: str, count: object) -> float:
+def _number_of_samples(name: str, count: object, may_be_zero: bool) -> float:
     if isinstance(count, Tensor) and count.numel() == 1:
         count = count.item()
+    if may_be_zero and count == 0:
+        return 0.0
     if not isinstance(count, Real) or isinstance(count, bool) or not 0 < float(count) < math.inf:
         raise ValueError(
             f"samples of task {name!r} must be a number > 0, got {count!r}; pass None as the loss of a task that this "
@@ -212,15 +214,16 @@ def acceptable(values: Tensor, eps: float, log_transform: bool) -> list[Flag]:
     return list(((values > least) & (values < math.inf)).unbind())
 
 
-def describe_bad_loss(name: str, value: float, eps: float, log_transform: bool) -> str:
-    """The message for a loss that cannot be used."""
+def describe_bad_loss(name: str, value: float, eps: float, log_transform: bool, rank: int | None = None) -> str:
+    """The message for a loss that cannot be used, on `rank` where there are several."""
     if log_transform and math.isfinite(value):
         rule = f"greater than -eps = {-eps} under the log transform"
         remedy = "shift the loss, or pass log_transform=False for losses that can be negative"
     else:
         rule = "finite"
         remedy = "look for the operation that made it, or pass nonfinite='skip' to leave such batches out"
-    return f"loss of task {name!r} must be {rule}, got {value}; nothing was changed; {remedy}"
+    where = "" if rank is None else f" on rank {rank}"
+    return f"loss of task {name!r} must be {rule}, got {value}{where}; nothing was changed; {remedy}"
 
 
 def cotangents(values: Tensor, eps: float, log_transform: bool) -> Tensor:

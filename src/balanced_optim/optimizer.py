@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ._balance import Balance
+from ._accumulation import sums_with
 from ._batch import Batch, OverflowedBatchError, RefusedBatchError, accumulate
+from ._distributed import Alone, Processes, Ranks, Totals, check_framework, check_process_group
 from ._gradient_buffer import FlatGradientBuffer
-from ._numbers import Scalar
+from ._numbers import Scalar, stack_scalars
 from ._plan import Plan, Progress
 from ._scaling import check_unscaled, scale_of
 from ._settings import (
@@ -28,7 +31,7 @@ from ._state import MethodState, check_fits, merge, split
 from ._task_gradients import take_gradients
 from ._task_losses import Losses, Samples, TaskLosses, read_losses, read_samples
 
-_OWN_ATTRIBUTES = ("base_optim", "_plan", "_progress")
+_OWN_ATTRIBUTES = ("base_optim", "_plan", "_progress", "_processes")
 
 
 def _of_base(name: str) -> property:
@@ -129,6 +132,8 @@ class DualBalancedOptimizer(Optimizer):
         refresh_every: int = 1,
         ema_dtype: torch.dtype | None = None,
         nonfinite: str = "raise",
+        process_group: ProcessGroup | None = None,
+        shard_averages: bool = False,
     ) -> None:
         check_base_optimizer(base_optim)
         if isinstance(base_optim, DualBalancedOptimizer):
@@ -139,9 +144,12 @@ class DualBalancedOptimizer(Optimizer):
         shared = shared_positions(base_optim, shared_params)
         measured = norm_positions(base_optim, norm_params, shared, refresh_every)
         check_rows(base_optim, measured or shared, ema_dtype)
+        check_process_group(process_group, shard_averages)
         self.base_optim = base_optim
         self._plan = Plan(settings, shared, measured or shared, measured is not None, names, priorities)
         self._progress = Progress(beta, beta_decay, names, names is not None, reached=[False] * len(shared))
+        trunk = shared_params if isinstance(shared_params, nn.Module) else None
+        self._processes = Processes(process_group, shard_averages, trunk)
         # Optimizer.__init__ would make param groups of its own; __setstate__ makes the hook tables only.
         super().__setstate__({})
 
@@ -234,8 +242,9 @@ class DualBalancedOptimizer(Optimizer):
                 numbers, reach no shared parameter, or carry a scaler's scale.
             RuntimeError: a gradient is not finite although its loss is; or the graph was used before.
         """
-        batch, counted, scale = self._read(losses, scaler, samples)
-        work = Batch(self._plan, self._progress, self._parameters(), batch, counted, scale)
+        ranks = self._ranks()
+        batch, counted, scale, totals = self._meet(ranks, "backward()", losses, scaler, samples)
+        work = Batch(self._plan, self._progress, ranks, self._parameters(), batch, counted, scale, totals)
         before = take_gradients(work.parameters)
         try:
             work.run()
@@ -251,6 +260,8 @@ class DualBalancedOptimizer(Optimizer):
         else:
             work.commit(before)
             return
+        finally:
+            ranks.reset()
         try:
             if error is not None and self._plan.settings.nonfinite == "raise":
                 raise error
@@ -282,9 +293,44 @@ class DualBalancedOptimizer(Optimizer):
             TypeError, ValueError: see `backward`; the micro-batches before this one stay. A failure in the middle of
                 the passes drops them: half a micro-batch must not end up in the next batch.
         """
-        batch, counted, scale = self._read(losses, scaler, samples)
-        accumulate(self._plan, self._progress, self._parameters(), batch, counted, scale)
+        ranks = self._ranks()
+        batch, counted, scale, totals = self._meet(ranks, "accumulate()", losses, scaler, samples)
+        accumulate(self._plan, self._progress, ranks, self._parameters(), batch, counted, scale, totals)
         self._progress.tasks, self._progress.named = batch.names, batch.named
+
+    def _ranks(self) -> Alone:
+        return self._processes.over(self._parameters(), self._plan.averaged)
+
+    def _meet(
+        self, ranks: Alone, call: str, losses: Losses, scaler: Any, samples: Samples
+    ) -> tuple[TaskLosses, list[float], Scalar | None, Totals | None]:
+        """What the caller handed in, and with a process group what all ranks have; an error of one is one of all."""
+        if not isinstance(ranks, Ranks):
+            return *self._read(losses, scaler, samples), None
+        progress, plan = self._progress, self._plan
+        facts: dict[str, Any] = {
+            "the call": call,
+            "the settings": repr((plan.settings, plan.priorities, plan.joint, plan.shared, plan.averaged)),
+            "the schedule": (progress.beta, progress.beta_decay),
+            "the counts of batches": (progress.counts, progress.ages),
+            "the shapes of the parameters": [tuple(parameter.shape) for parameter in self._parameters()],
+        }
+        try:
+            batch, counted, scale = self._read(losses, scaler, samples)
+        except Exception as error:
+            ranks.meet(facts, error)
+            raise
+        values = batch.values(self._parameters()[plan.averaged[0]].device)
+        sums, total, _ = sums_with(progress.micro_batches if call == "backward()" else None, values, counted)
+        totals = ranks.meet(
+            facts | {"the tasks": batch.names},
+            None,
+            sums=sums,
+            samples=total.tolist(),
+            here=[loss is not None for loss in batch.losses],
+            scale=scale,
+        )
+        return batch, counted, scale, totals
 
     def _read(self, losses: Losses, scaler: Any, samples: Samples) -> tuple[TaskLosses, list[float], Scalar | None]:
         """What the caller handed in, checked: the losses, their numbers of samples, the scale."""
@@ -302,7 +348,8 @@ class DualBalancedOptimizer(Optimizer):
         first = progress.balance is None and progress.micro_batches is None
         check_unscaled(batch, scaler, look_for_scalers=first)
         device = self._parameters()[self._plan.averaged[0]].device
-        return batch, read_samples(samples, batch), scale_of(scaler, device)
+        counted = read_samples(samples, batch, may_be_zero=isinstance(self._ranks(), Ranks))
+        return batch, counted, scale_of(scaler, device)
 
     @property
     def last_balance(self) -> Balance | None:
@@ -313,7 +360,7 @@ class DualBalancedOptimizer(Optimizer):
         """Cosines between the averaged gradients of all tasks, shape (T, T): below 0 where tasks pull apart.
 
         No backward pass: one read of the averages, on the device where they live. NaN for a task whose average is
-        zero or that no batch has had yet. With `norm_params` on that subset.
+        zero or that no batch has had yet. With `norm_params` on that subset. With a process group all ranks must call it.
 
         Raises:
             RuntimeError: there are no averages: before the first step, or at beta = 0 without `max_weight`.
@@ -322,7 +369,7 @@ class DualBalancedOptimizer(Optimizer):
         if not isinstance(store, FlatGradientBuffer):
             reason = "no step was taken yet" if store is None else "beta=0 keeps none; pass beta > 0"
             raise RuntimeError(f"gradient_cosines() needs averaged gradients, but {reason}")
-        gram = store.gram()
+        gram = self._ranks().total(store.gram())
         norms = gram.diagonal().sqrt()
         return gram / norms.outer(norms)
 
@@ -353,10 +400,11 @@ class DualBalancedOptimizer(Optimizer):
         store, tasks = progress.store, progress.tasks or self._names_by_position()
         if store is None and tasks is not None:
             # Zeros, into which torch.distributed.checkpoint.load can put what was saved.
-            store = plan.new_store(self._parameters(), len(tasks), progress.beta)
+            store = plan.new_store(self._ranks(), self._parameters(), len(tasks), progress.beta)
         averages: list[list[Tensor]] = [[] for _ in plan.averaged]
         if isinstance(store, FlatGradientBuffer):
-            averages = store.averages()
+            ranks = self._ranks()
+            averages = [[ranks.entry(row, index) for row in rows] for index, rows in enumerate(store.averages())]
         method = MethodState(
             tasks=progress.tasks,
             named=progress.named,
@@ -393,6 +441,8 @@ class DualBalancedOptimizer(Optimizer):
             known = progress.tasks is not None
             check_fits(loaded, expected, known, progress.named, [parameters[position] for position in plan.averaged])
             check_schedule(loaded.beta, loaded.beta_decay)
+            ranks = self._ranks()
+            averages = ranks.own(loaded.averages)
         self.base_optim.load_state_dict(base)
         progress.start_anew(plan.names)
         if loaded is not None:
@@ -402,12 +452,14 @@ class DualBalancedOptimizer(Optimizer):
                 progress.tasks, progress.named = loaded.tasks, loaded.named
                 progress.counts.extend(loaded.counts)
                 progress.ages.extend(loaded.ages)
-                progress.store = plan.new_store(parameters, len(loaded.tasks), progress.beta)
-                if isinstance(progress.store, FlatGradientBuffer):
+                store = progress.store = plan.new_store(ranks, parameters, len(loaded.tasks), progress.beta)
+                if isinstance(store, FlatGradientBuffer):
                     missing = [None] * len(loaded.tasks)
-                    progress.store.load_averages([average or missing for average in loaded.averages])
-                    # Norms belong to the averages, so a checkpoint need not hold them.
-                    progress.norms = progress.store.norms() if plan.joint else None
+                    store.load_averages([average or missing for average in averages])
+                    if plan.joint:
+                        # Norms belong to the averages, so a checkpoint need not hold them.
+                        norms = ranks.norms(store.norms())
+                        progress.norms = stack_scalars(norms, store.norm_dtype, store.device)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
