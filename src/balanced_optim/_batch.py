@@ -30,7 +30,6 @@ from ._task_gradients import (
 )
 from ._task_losses import TaskLosses, acceptable, cotangents, describe_bad_loss
 
-
 Result = TypeVar("Result")
 
 
@@ -190,7 +189,7 @@ class Batch:
         )
 
     def _attempt(self, run: Callable[[], Result], otherwise: Result) -> Result:
-        """What `run` returns; `otherwise` if it fails, or something before it did, and other ranks wait for this one."""
+        """What `run` returns; `otherwise` if it or something before it fails and other ranks wait for this one."""
         if self._failure is not None:
             return otherwise
         try:
@@ -345,7 +344,7 @@ class Batch:
         """On return the task's gradients are in the store or gone, so that the next pass finds room."""
         ok: Flag = False
         if arrival.receive is not None:
-            ok = self._take(arrival, self.usable[arrival.task] & self._healthy)
+            ok = self._take(arrival, arrival.receive(), self.usable[arrival.task] & self._healthy)
         self.flags.append(ok)
         self._healthy = self._healthy & ok if self._refuses else True
         if ok is False:
@@ -410,10 +409,9 @@ class Batch:
             for position, total in self._earlier.gradients[task].items()
         }
 
-    def _take(self, arrival: _Arrival, ok: Flag) -> Flag:
+    def _take(self, arrival: _Arrival, gradients: list[Tensor | None], ok: Flag) -> Flag:
         """Put one task's shared gradient into the store if it is finite and `ok`; return whether it was."""
         task, ranks = arrival.task, self._ranks
-        gradients = arrival.receive()
         # With other ranks a task that is not here may still have a gradient.
         proposed = bool(arrival.reached) or any(gradient is not None for gradient in gradients)
         norm: Scalar = math.nan

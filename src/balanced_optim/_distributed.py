@@ -78,12 +78,6 @@ class Alone:
         """The averaged parameters as far as this rank keeps their averages."""
         return list(averaged)
 
-    def meet(self, facts: Mapping[str, Any], error: BaseException | None, **mine: Any) -> Totals | None:  # noqa: ARG002
-        """Before the passes: raise what is wrong here or on another rank, and say what all ranks have together."""
-        if error is not None:
-            raise error
-        return None
-
     def outside(self, losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
         """Leaves of the graph that are not in the optimizer and get a `.grad` from every pass."""
         known = {id(parameter) for parameter in parameters}
@@ -402,19 +396,20 @@ class Replicas(Ranks):
         if not parameter.dim():
             return _whole(row)
         rows = rows_of(parameter, self._rank, self.size)
-        if (
-            _is_dtensor(row)
-            and row.device_mesh.size() == self.size
-            and [p.is_shard(0) for p in row.placements] == [True]
-        ):
-            part: Tensor = row.to_local()
+        if not _is_dtensor(row):
+            return row[rows]
+        entry = _dtensor(row)
+        if entry.device_mesh.size() == self.size and [placement.is_shard(0) for placement in entry.placements] == [
+            True
+        ]:
+            part = entry.to_local()
             if part.shape == parameter[rows].shape:
                 return part
             raise ValueError(
                 f"task_ema of averaged parameter {index} must be of this rank's shape {tuple(parameter[rows].shape)}, "
                 f"got {tuple(part.shape)}; {_PARTS_REMEDY}"
             )
-        return _whole(row)[rows]
+        return entry.full_tensor()[rows]
 
     def _check_parts_differ(self, parts: Sequence[Tensor]) -> None:
         sizes = torch.stack([torch.linalg.vector_norm(part.double()).to(self._device) for part in parts])
@@ -428,8 +423,8 @@ class Replicas(Ranks):
 
 
 _PARTS_REMEDY = (
-    "a file that one rank wrote holds that rank's part only: save and load through torch.distributed.checkpoint, or save "
-    "get_optimizer_state_dict(..., options=StateDictOptions(full_state_dict=True))"
+    "a file that one rank wrote holds that rank's part only: save and load through torch.distributed.checkpoint, or "
+    "save get_optimizer_state_dict(..., options=StateDictOptions(full_state_dict=True))"
 )
 
 
@@ -502,7 +497,7 @@ class Shards(Ranks):
         for module in self._modules:
             module.set_reshard_after_backward(not retain_graph, recurse=False)
         found = raw_pass(losses, cotangents, names, parameters, retain_graph=retain_graph)
-        return [None if g is None else owned(g.to_local() if _is_dtensor(g) else g) for g in found]
+        return [None if g is None else owned(_dtensor(g).to_local() if _is_dtensor(g) else g) for g in found]
 
     def wrap(self, gradient: Tensor, parameter: Tensor) -> Tensor:
         """A DTensor laid out like the parameter."""
@@ -583,14 +578,14 @@ def check_process_group(group: object, shard_averages: object) -> None:
     if group is None:
         if shard_averages:
             raise ValueError(
-                "shard_averages needs process_group, got True without one; pass the ranks that share the averages, e.g. "
-                "process_group=torch.distributed.group.WORLD after init_process_group()"
+                "shard_averages needs process_group, got True without one; pass the ranks that share the averages, "
+                "e.g. process_group=torch.distributed.group.WORLD after init_process_group()"
             )
         return
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
         raise TypeError(
-            f"process_group must be a torch.distributed.ProcessGroup that this rank is in, or None, got {group!r}; pass "
-            "torch.distributed.group.WORLD after init_process_group(), or mesh.get_group()"
+            f"process_group must be a torch.distributed.ProcessGroup that this rank is in, or None, got {group!r}; "
+            "pass torch.distributed.group.WORLD after init_process_group(), or mesh.get_group()"
         )
 
 
@@ -632,8 +627,10 @@ def check_framework(parameters: Sequence[Tensor], grouped: bool) -> None:
 
 def _wrappers() -> Iterable[Any]:
     """Every living module that wraps others for DistributedDataParallel or FSDP1."""
-    names = (("torch.nn.parallel.distributed", "DistributedDataParallel"),)
-    names += (("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"),)
+    names = [
+        ("torch.nn.parallel.distributed", "DistributedDataParallel"),
+        ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"),
+    ]
     kinds = tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
     # type(), since isinstance() reads __class__, which some objects answer with a warning.
     return [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
@@ -645,8 +642,8 @@ def _warn_of_outside(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> 
     if outside:
         warnings.warn(
             f"{len(outside)} parameters outside base_optim take part in the losses (the first has shape "
-            f"{tuple(outside[0].shape)}); with a process_group they get no gradient: give them to base_optim, or freeze "
-            "them",
+            f"{tuple(outside[0].shape)}); with a process_group they get no gradient: give them to base_optim, or "
+            "freeze them",
             stacklevel=2,
         )
 
@@ -734,8 +731,8 @@ def _check_mesh(parameter: DTensor, ranks: set[int]) -> None:
     missed = [d for d, p in enumerate(parameter.placements) if p.is_replicate() and not covered[d]]
     if not any(covered) or missed:
         raise ValueError(
-            f"process_group must hold the ranks that the batch is split over, got ranks {sorted(ranks)} for a parameter "
-            f"of shape {tuple(parameter.shape)} on {mesh} with {parameter.placements}; pass the group of the "
+            f"process_group must hold the ranks that the batch is split over, got ranks {sorted(ranks)} for a "
+            f"parameter of shape {tuple(parameter.shape)} on {mesh} with {parameter.placements}; pass the group of the "
             "data-parallel dimension of the mesh, e.g. mesh['dp'].get_group(), or of all its dimensions for hybrid "
             "sharding"
         )

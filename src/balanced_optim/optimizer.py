@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from ._balance import Balance
 from ._accumulation import sums_with
+from ._balance import Balance
 from ._batch import Batch, OverflowedBatchError, RefusedBatchError, accumulate
-from ._distributed import Alone, Processes, Ranks, Totals, check_framework, check_process_group
+from ._distributed import Alone, Processes, Ranks, Totals, check_process_group
 from ._gradient_buffer import FlatGradientBuffer
 from ._numbers import Scalar, stack_scalars
 from ._plan import Plan, Progress
@@ -360,7 +360,8 @@ class DualBalancedOptimizer(Optimizer):
         """Cosines between the averaged gradients of all tasks, shape (T, T): below 0 where tasks pull apart.
 
         No backward pass: one read of the averages, on the device where they live. NaN for a task whose average is
-        zero or that no batch has had yet. With `norm_params` on that subset. With a process group all ranks must call it.
+        zero or that no batch has had yet. With `norm_params` on that subset. With a process group all ranks must call
+        it together.
 
         Raises:
             RuntimeError: there are no averages: before the first step, or at beta = 0 without `max_weight`.
