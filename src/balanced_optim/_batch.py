@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ._accumulation import MicroBatches, no_micro_batches, sums_with
+from ._aggregation import Aggregator, combine, cut, matrix_of, recall
 from ._balance import Balance, balance_weights
 from ._compiled import check_replay
 from ._distributed import Alone, Totals
@@ -138,6 +139,8 @@ class Batch:
         self._measured = self._is_measured()
         # Under a scaler an overflow is nothing unusual and must leave every average alone: rows wait for the last.
         self._holds = scale is not None and isinstance(self.store, FlatGradientBuffer)
+        # An aggregator may fail, so its rows wait too.
+        self._holds = self._holds or plan.aggregator is not None
         self._held: list[int] = []
         self._overflow: Flag = False
         # Under a process group what went wrong here waits until every rank can hear of it.
@@ -460,12 +463,38 @@ class Batch:
         """The shared gradients; empty where the batch brought none."""
         if not self._taken:
             return []
+        if self._plan.aggregator is not None and isinstance(self.store, FlatGradientBuffer):
+            return self._aggregate(self._plan.aggregator, self.store)
         if not self._plan.joint:
             return self._ranks.spread(self.store.weighted_sum(weights)) if self.reached else []
         starts = torch.where(weights > 0, self.starts * weights, torch.zeros_like(self.starts))
         combined = self._joint_pass(starts, self._plan.shared, retain_graph=False, weights=weights)
         self.reached = {index for index, gradient in enumerate(combined) if gradient is not None}
         return combined
+
+    def _aggregate(self, aggregator: Aggregator, store: FlatGradientBuffer) -> list[Tensor | None]:
+        """What the aggregator makes of the averaged gradients of the tasks that count."""
+        progress, priorities = self._progress, self._plan.priorities
+        averages = store.averages(proposed=True)
+        matrix = matrix_of([[rows[task] for rows in averages] for task in self._taken])
+        if priorities is not None:
+            own = stack_scalars([priorities[task] for task in self._taken], matrix.dtype, matrix.device)
+            matrix.mul_(own[:, None])
+
+        def run() -> Tensor:
+            if progress.memory is not None:
+                recall(aggregator, progress.memory, matrix)
+                progress.memory = None
+            return combine(aggregator, matrix)
+
+        vector = self._attempt(run, matrix[0])
+        self._ranks.close(self._failure, [])
+        vector = self._ranks.same(vector)
+        if vector.isfinite().all():
+            return cut(vector, [self.parameters[position] for position in self._plan.averaged])
+        if self._refuses:
+            raise RefusedBatchError(RuntimeError(bad_gradient("all tasks together, as the aggregator combines them")))
+        return []
 
     def _rescale(self, scale: Scalar) -> None:
         """Multiply what goes into `.grad` by the scale, if it can take that."""
@@ -532,6 +561,8 @@ class Batch:
     def _weights(self, norms: Tensor) -> Tensor:
         settings, priorities = self._settings, self._plan.priorities
         weights = balance_weights(norms, settings.norm_target, settings.max_weight)
+        if self._plan.aggregator is not None:
+            weights = torch.where(weights > 0, math.nan, weights)
         return weights if priorities is None else weights * stack_scalars(priorities, norms.dtype, norms.device)
 
     def _tasks_that_count(self) -> list[int]:

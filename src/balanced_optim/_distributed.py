@@ -60,6 +60,7 @@ class Alone:
         size: the number of ranks.
         holds_failures: whether a failure in a pass can wait until all ranks hear of it.
         averaging: by what the framework divides the sum of the ranks' gradients.
+        keeps_whole: whether every average is here as a whole.
         owns_gradients: whether task gradients come in memory that averages may be made in.
         reduces_in_passes: whether gradients are added up over the ranks inside each backward pass, which then cannot
             stop at some of the parameters.
@@ -70,6 +71,7 @@ class Alone:
     size: int = 1
     holds_failures = False
     averaging: int = 1
+    keeps_whole = True
     owns_gradients = True
     reduces_in_passes = False
     shares: list[float] | None = None
@@ -121,6 +123,10 @@ class Alone:
     def add_up(self, gradients: Gradients, parameters: Sequence[Tensor], reached: Sequence[bool]) -> Gradients:  # noqa: ARG002
         """The sum over all ranks of gradients that every rank keeps whole, for parameters that some rank reached."""
         return gradients
+
+    def same(self, vector: Tensor) -> Tensor:
+        """One rank's vector on all ranks, where each has computed it and chance may have played a part."""
+        return vector
 
     def spread(self, combined: Gradients) -> Gradients:
         """The shared gradient, put together from all ranks' parts."""
@@ -285,7 +291,7 @@ class Replicas(Ranks):
 
     def __init__(self, group: dist.ProcessGroup, averaged: Sequence[Tensor], sharded: bool) -> None:
         super().__init__(group, averaged[0].device)
-        self._sharded = sharded
+        self._sharded, self.keeps_whole = sharded, not sharded
         self._averaged = [parameter.detach() for parameter in averaged]
         self.shares = [1.0 if sharded and parameter.dim() else 1 / self.size for parameter in averaged]
         self._messages = [
@@ -353,6 +359,12 @@ class Replicas(Ranks):
                 result[member] = own.copy_(total)
         return result
 
+    def same(self, vector: Tensor) -> Tensor:
+        """Rank 0's, in one broadcast."""
+        vector = vector.to(self._device).contiguous()
+        dist.broadcast(vector, group=self._group, group_src=0)
+        return vector
+
     def spread(self, combined: Gradients) -> Gradients:
         """Whole averages are combined alike on every rank; parts of them go to all ranks in one all-gather."""
         if not self._sharded or not combined:
@@ -399,9 +411,8 @@ class Replicas(Ranks):
         if not _is_dtensor(row):
             return row[rows]
         entry = _dtensor(row)
-        if entry.device_mesh.size() == self.size and [placement.is_shard(0) for placement in entry.placements] == [
-            True
-        ]:
+        rows_only = [placement.is_shard(0) for placement in entry.placements] == [True]
+        if rows_only and entry.device_mesh.size() == self.size:
             part = entry.to_local()
             if part.shape == parameter[rows].shape:
                 return part
@@ -439,7 +450,7 @@ class Shards(Ranks):
     scalars are gathered, and n more are in memory for that time. Given as parameters, FSDP2's own setting holds.
     """
 
-    owns_gradients = True
+    keeps_whole = False
     reduces_in_passes = True
 
     def __init__(

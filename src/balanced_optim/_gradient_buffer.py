@@ -338,12 +338,16 @@ class FlatGradientBuffer:
             for task in range(self.tasks)
         ]
 
-    def averages(self) -> list[list[Tensor]]:
-        """For each parameter its T averages, shaped like it: views of the rows, valid until the next step."""
+    def averages(self, *, proposed: bool = False) -> list[list[Tensor]]:
+        """For each parameter its T averages, shaped like it: views of the rows, valid until the next step.
+
+        With `proposed`, proposals that are neither accepted nor dropped count as accepted.
+        """
         result: list[list[Tensor]] = [[] for _ in range(self._number)]
         for segment in self._segments:
             for member, place in zip(segment.members, segment.places, strict=True):
-                result[member] = [place.shaped(row) for row in segment.rows()]
+                rows = segment.proposed_rows() if proposed else segment.rows()
+                result[member] = [place.shaped(row) for row in rows]
         return result
 
     def load_averages(self, averages: Sequence[Sequence[Tensor | None]]) -> None:

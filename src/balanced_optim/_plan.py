@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import Tensor
 
 from ._accumulation import MicroBatches
+from ._aggregation import Aggregator
 from ._balance import Balance, beta_at
 from ._distributed import Alone
 from ._gradient_buffer import FlatGradientBuffer
@@ -26,6 +28,7 @@ class Plan:
         shared: positions of the shared parameters among all of the wrapped optimizer.
         averaged: positions of those whose gradients are averaged and measured: all shared ones, or `norm_params`.
         joint: the one-backward form.
+        aggregator: what takes the place of the weights, or None.
         names: task names from `task_weights`, or None.
         priorities: T of them, or None.
     """
@@ -34,6 +37,7 @@ class Plan:
     shared: list[int]
     averaged: list[int]
     joint: bool
+    aggregator: Aggregator | None
     names: tuple[str, ...] | None
     priorities: tuple[float, ...] | None
 
@@ -42,7 +46,7 @@ class Plan:
         settings = self.settings
         averaged = ranks.parts([parameters[position] for position in self.averaged])
         capped = settings.max_weight is not None and settings.norm_target is not None
-        if beta > 0 or capped or self.joint:
+        if beta > 0 or capped or self.joint or self.aggregator is not None:
             return FlatGradientBuffer(averaged, tasks, settings.ema_dtype, ranks.shares)
         priorities = self.priorities or (1.0,) * tasks
         return GradientSum(averaged[0].device, priorities, settings.norm_target is not None, ranks.shares)
@@ -62,6 +66,7 @@ class Progress:
         balance: the record of the last step.
         norms: in the one-backward form every task's latest norm, shape (T,).
         ages: for each task the steps since its norm was measured.
+        memory: what the aggregator is to recall before its next call, from a checkpoint.
         micro_batches: what `accumulate` has gathered for the batch that is not complete yet.
         pending: `.grad` holds a batch that no step has used.
         skip_next_step: the latest batch was left out, so its step is too.
@@ -77,6 +82,7 @@ class Progress:
     balance: Balance | None = None
     norms: Tensor | None = None
     ages: list[int] = field(default_factory=list)
+    memory: dict[str, Any] | None = None
     micro_batches: MicroBatches | None = None
     pending: bool = False
     skip_next_step: bool = False
@@ -87,7 +93,7 @@ class Progress:
         self.counts.clear()
         self.ages.clear()
         self.reached[:] = [False] * len(self.reached)
-        self.store = self.balance = self.norms = self.micro_batches = None
+        self.store = self.balance = self.norms = self.micro_batches = self.memory = None
         self.pending = self.skip_next_step = False
 
     def beta_of(self, task: int) -> float:

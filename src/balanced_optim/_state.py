@@ -30,6 +30,7 @@ class MethodState:
         ages: for each task the steps since its norm was measured; 0 in the exact form.
         reached: for each shared parameter, whether a task ever reached it.
         averages: for each averaged parameter T averages shaped like it; none where it has none.
+        memory: what the aggregator keeps between steps; empty without one.
     """
 
     tasks: tuple[str, ...] | None
@@ -40,6 +41,7 @@ class MethodState:
     ages: list[int]
     reached: list[bool]
     averages: list[list[Tensor]]
+    memory: dict[str, Any]
 
 
 def merge(base: dict[str, Any], method: MethodState, shared: Sequence[int], averaged: Sequence[int]) -> dict[str, Any]:
@@ -66,6 +68,7 @@ def merge(base: dict[str, Any], method: MethodState, shared: Sequence[int], aver
         "beta": method.beta,
         "beta_decay": method.beta_decay,
         "ages": method.ages,
+        "aggregator": method.memory,
     }
     # One value, not a nest of them: what loads value by value into the state dict of a fresh optimizer finds its place.
     groups[0][KEY] = json.dumps(header)
@@ -143,6 +146,7 @@ def split(
         beta_decay=float(header["beta_decay"]),
         ages=list(header["ages"]),
         reached=[roles[position] == _REACHED for position in shared],
+        memory=dict(header.get("aggregator", {})),
         averages=[
             [entries[position][f"{_EMA}{task}"] for task in tasks] if position in kept and tasks else []
             for position in averaged

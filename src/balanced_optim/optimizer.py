@@ -11,6 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ._accumulation import sums_with
+from ._aggregation import check_aggregator, remember
 from ._balance import Balance
 from ._batch import Batch, OverflowedBatchError, RefusedBatchError, accumulate
 from ._distributed import Alone, Processes, Ranks, Totals, check_process_group
@@ -130,6 +131,7 @@ class DualBalancedOptimizer(Optimizer):
         task_weights: Sequence[float] | Mapping[str, float] | None = None,
         norm_params: Iterable[Tensor] | nn.Module | None = None,
         refresh_every: int = 1,
+        aggregator: Callable[[Tensor], Tensor] | None = None,
         ema_dtype: torch.dtype | None = None,
         nonfinite: str = "raise",
         process_group: ProcessGroup | None = None,
@@ -145,8 +147,9 @@ class DualBalancedOptimizer(Optimizer):
         measured = norm_positions(base_optim, norm_params, shared, refresh_every)
         check_rows(base_optim, measured or shared, ema_dtype)
         check_process_group(process_group, shard_averages)
+        check_aggregator(aggregator, norm_params=norm_params, max_weight=max_weight, shard_averages=shard_averages)
         self.base_optim = base_optim
-        self._plan = Plan(settings, shared, measured or shared, measured is not None, names, priorities)
+        self._plan = Plan(settings, shared, measured or shared, measured is not None, aggregator, names, priorities)
         self._progress = Progress(beta, beta_decay, names, names is not None, reached=[False] * len(shared))
         trunk = shared_params if isinstance(shared_params, nn.Module) else None
         self._processes = Processes(process_group, shard_averages, trunk)
@@ -299,7 +302,10 @@ class DualBalancedOptimizer(Optimizer):
         self._progress.tasks, self._progress.named = batch.names, batch.named
 
     def _ranks(self) -> Alone:
-        return self._processes.over(self._parameters(), self._plan.averaged)
+        ranks = self._processes.over(self._parameters(), self._plan.averaged)
+        if not ranks.keeps_whole:
+            check_aggregator(self._plan.aggregator, fully_shard=True)
+        return ranks
 
     def _meet(
         self, ranks: Alone, call: str, losses: Losses, scaler: Any, samples: Samples
@@ -415,6 +421,7 @@ class DualBalancedOptimizer(Optimizer):
             ages=progress.ages,
             reached=progress.reached,
             averages=averages,
+            memory=progress.memory or remember(plan.aggregator),
         )
         merged = merge(self.base_optim.state_dict(), method, plan.shared, plan.averaged)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -449,6 +456,7 @@ class DualBalancedOptimizer(Optimizer):
         if loaded is not None:
             progress.beta, progress.beta_decay = loaded.beta, loaded.beta_decay
             progress.reached[:] = loaded.reached
+            progress.memory = loaded.memory or None
             if loaded.counts and loaded.tasks is not None:
                 progress.tasks, progress.named = loaded.tasks, loaded.named
                 progress.counts.extend(loaded.counts)
