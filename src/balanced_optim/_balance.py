@@ -18,10 +18,11 @@ class Balance:
 
     Attributes:
         tasks: the names of the tasks; positions as text ("0", "1", ...) where losses came without names.
-        losses: the raw losses; NaN for a task absent from the batch.
+        losses: the raw losses, means over all micro-batches and ranks; NaN for a task absent from the batch.
         norms: ||ema_t||_2, the length of each task's averaged gradient on the shared parameters (of the
             gradient itself at beta = 0); NaN for an absent task.
-        weights: w_t, what each averaged gradient was multiplied by; 0 for a task that did not count. A weight in
+        weights: w_t, what each averaged gradient was multiplied by; 0 for a task that did not count, NaN where an
+            `aggregator` combined them. A weight in
             the hundreds says that a task is solved and that its noise is being blown up: see `max_weight`.
         skipped: True where the whole batch was left out: by ``nonfinite="skip"``, or after an overflow under a scaler.
     """

@@ -90,6 +90,11 @@ class DualBalancedOptimizer(Optimizer):
         refresh_every: measure norms anew when a task of the batch has one that is m steps old, and reuse them in
             between; needs `norm_params` (all shared parameters may be given). Absent tasks and caps are still
             minded in every step.
+        aggregator: takes the place of `norm_target`: a callable from the matrix of the averaged gradients of the tasks
+            that count, shape (T, n), to the combined gradient, shape (n,), such as TorchJD's aggregators; with beta=0
+            from the gradients themselves. Columns are the shared parameters in the order given, each flattened.
+            `task_weights` multiply the rows. What it keeps in its attributes (numbers, tensors, arrays) goes into the
+            state dict. Memory: 3 T * n scalars. Not with `norm_params`, `max_weight` or sharded averages.
         ema_dtype: dtype of the averages; None takes float32, or float64 for float64 parameters.
             torch.bfloat16 halves their memory; sums and norms are still taken in float32.
         nonfinite: what to do with a loss that is not finite (or <= -eps under the log) or a gradient that is
@@ -99,6 +104,15 @@ class DualBalancedOptimizer(Optimizer):
             cannot tell whose it is. On a GPU "ignore" asks nothing of the device: the count of a task left out
             goes on, its heads get zeros instead of no gradient, and with `norm_params` one bad loss zeroes the
             shared gradient of the batch.
+        process_group: the ranks that a batch is split over, e.g. ``torch.distributed.group.WORLD``. Every rank passes
+            the losses of its own part of the batch; the step is that of one process on the whole batch: the gradient of
+            the log of the MEAN loss, with means weighted by `samples`. Parameters are replicated (plain, or in a
+            DistributedDataParallel, called as usual), or sharded by FSDP2's `fully_shard`. All ranks must make the same
+            calls. A bad loss, an error or other arguments on one rank are an error on all of them, which names the rank.
+            Sends 2 T * n scalars a step (times (R - 1) / R); with `norm_params` 2 n and T times twice the subset.
+        shard_averages: with replicated parameters keep 1/R of every average on each of R ranks: memory T * n / R, and
+            (T + 1) * n scalars sent. A checkpoint then holds parts, for torch.distributed.checkpoint. Averages of
+            parameters that FSDP2 shards are always sharded with them.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind or out of range; the message names it.
@@ -289,8 +303,9 @@ class DualBalancedOptimizer(Optimizer):
             scaler: see `backward`; the same one in all micro-batches of a batch.
             samples: of how many samples (tokens, pixels: whatever the loss is a mean over) these losses are the
                 mean: one number, or one for each task as a sequence, mapping or tensor. Only ratios between the
-                micro-batches of one batch matter, so leave it out where all are of one size. Not read for a task
-                whose loss is None.
+                micro-batches and ranks of one batch matter, so leave it out where all are of one size. Not read for
+                a task whose loss is None. With a `process_group` it may be 0: that loss takes part in the passes, as
+                FSDP2 needs on every rank, and counts nothing.
 
         Raises:
             TypeError, ValueError: see `backward`; the micro-batches before this one stay. A failure in the middle of
