@@ -291,7 +291,7 @@ class Batch:
                 self._finish(under_way.popleft())
         while under_way:
             self._finish(under_way.popleft())
-        reached = self._close()
+        reached = self._close() if self._ranks.holds_failures else []
         # That nothing is wrong takes one read of the device; whose fault it is takes more.
         if (self._refuses or self._scale is not None) and not _all(self.flags):
             if self._refuses:
@@ -302,16 +302,16 @@ class Batch:
                 self._check_gradients()
         if self._scale is not None:
             self._read_flags()
-        self.others = self._add_up(self.others, self._heads, reached)
+        if self._ranks.holds_failures:
+            self.others = self._add_up(self.others, self._heads, reached)
 
     def _close(self) -> list[bool]:
-        """For every parameter whether it was reached, on any rank; raises if any rank failed."""
+        """For every parameter whether any rank reached it; raises if any rank failed."""
         shared = set() if self._plan.joint else {self._plan.shared[index] for index in self.reached}
         reached = [position in shared or position in self.others for position in range(len(self.parameters))]
-        if self._ranks.holds_failures:
-            reached = self._ranks.close(self._failure, reached)
-            if not self._plan.joint:
-                self.reached = {index for index, position in enumerate(self._plan.shared) if reached[position]}
+        reached = self._ranks.close(self._failure, reached)
+        if not self._plan.joint:
+            self.reached = {index for index, position in enumerate(self._plan.shared) if reached[position]}
         return reached
 
     def _add_up(self, gradients: dict[int, Tensor], positions: list[int], reached: list[bool]) -> dict[int, Tensor]:

@@ -108,8 +108,9 @@ class DualBalancedOptimizer(Optimizer):
             the losses of its own part of the batch; the step is that of one process on the whole batch: the gradient of
             the log of the MEAN loss, with means weighted by `samples`. Parameters are replicated (plain, or in a
             DistributedDataParallel, called as usual), or sharded by FSDP2's `fully_shard`. All ranks must make the same
-            calls. A bad loss, an error or other arguments on one rank are an error on all of them, which names the rank.
-            Sends 2 T * n scalars a step (times (R - 1) / R); with `norm_params` 2 n and T times twice the subset.
+            calls. A bad loss, an error or other arguments on one rank are an error on all of them, which names the
+            rank. Sends 2 T * n scalars a step (times (R - 1) / R); with `norm_params` 2 n, and 2 T times the subset
+            where norms are measured. The host waits for the device before and after the passes.
         shard_averages: with replicated parameters keep 1/R of every average on each of R ranks: memory T * n / R, and
             (T + 1) * n scalars sent. A checkpoint then holds parts, for torch.distributed.checkpoint. Averages of
             parameters that FSDP2 shards are always sharded with them.
@@ -327,7 +328,7 @@ class DualBalancedOptimizer(Optimizer):
     ) -> tuple[TaskLosses, list[float], Scalar | None, Totals | None]:
         """What the caller handed in, and with a process group what all ranks have; an error of one is one of all."""
         if not isinstance(ranks, Ranks):
-            return *self._read(losses, scaler, samples), None
+            return *self._read(ranks, losses, scaler, samples), None
         progress, plan = self._progress, self._plan
         facts: dict[str, Any] = {
             "the call": call,
@@ -337,7 +338,7 @@ class DualBalancedOptimizer(Optimizer):
             "the shapes of the parameters": [tuple(parameter.shape) for parameter in self._parameters()],
         }
         try:
-            batch, counted, scale = self._read(losses, scaler, samples)
+            batch, counted, scale = self._read(ranks, losses, scaler, samples)
         except Exception as error:
             ranks.meet(facts, error)
             raise
@@ -353,7 +354,9 @@ class DualBalancedOptimizer(Optimizer):
         )
         return batch, counted, scale, totals
 
-    def _read(self, losses: Losses, scaler: Any, samples: Samples) -> tuple[TaskLosses, list[float], Scalar | None]:
+    def _read(
+        self, ranks: Alone, losses: Losses, scaler: Any, samples: Samples
+    ) -> tuple[TaskLosses, list[float], Scalar | None]:
         """What the caller handed in, checked: the losses, their numbers of samples, the scale."""
         progress = self._progress
         batch = read_losses(losses, progress.tasks, progress.named)
@@ -369,7 +372,7 @@ class DualBalancedOptimizer(Optimizer):
         first = progress.balance is None and progress.micro_batches is None
         check_unscaled(batch, scaler, look_for_scalers=first)
         device = self._parameters()[self._plan.averaged[0]].device
-        counted = read_samples(samples, batch, may_be_zero=isinstance(self._ranks(), Ranks))
+        counted = read_samples(samples, batch, may_be_zero=isinstance(ranks, Ranks))
         return batch, counted, scale_of(scaler, device)
 
     @property
