@@ -153,7 +153,7 @@ class Batch:
         if totals is None:
             self.present = [task for task, number in enumerate(total.tolist()) if number > 0]
         else:
-            sums, total, self.present = totals.sums, totals.samples, totals.present
+            sums, total, self.present, dtype = totals.sums, totals.samples, totals.present, totals.dtype
         self.values = torch.where(total > 0, sums / total, math.nan).to(dtype)
         start = cotangents(self.values, self._settings.eps, self._settings.log_transform)
         self.starts = start * (last / total * self._ranks.averaging).to(dtype)

@@ -30,8 +30,9 @@ if TYPE_CHECKING:
 
 # The message before a step has room for this many tasks, so that its size does not depend on what a rank takes T for.
 _ROOM = 64
-# Its first numbers; then for every task the sum of the losses, the number of samples, and whether a loss is here.
-_BROKEN, _DIGEST, _SCALE, _TASKS, _HEADER = range(5)
+# Its first numbers, all but the last one alike on all ranks. For every task there follow the sum of the losses, the number
+# of samples, and whether a loss is here.
+_BROKEN, _DIGEST, _SCALE, _TASKS, _WIDE, _HEADER = range(6)
 
 Gradients = list[Tensor | None]
 
@@ -41,14 +42,16 @@ class Totals:
     """What all ranks brought for one batch.
 
     Attributes:
-        sums: ``sum of samples * loss`` over ranks and micro-batches, shape (T,).
+        sums: ``sum of samples * loss`` over ranks and micro-batches, shape (T,), float64.
         samples: the number of samples of each task, shape (T,); 0 for a task that no rank has.
+        dtype: float32, or float64 where some rank's losses are.
         present: tasks that some rank has.
         bad: for a task whose loss is not finite on some rank, the first such rank and its value.
     """
 
     sums: Tensor
     samples: Tensor
+    dtype: torch.dtype
     present: list[int]
     bad: dict[int, tuple[int, float]]
 
@@ -190,11 +193,13 @@ class Ranks(Alone):
         if sums is not None:
             mine[0, :tasks] = sums
             mine[1:, :tasks] = torch.tensor([samples, here], dtype=torch.float64)
-        header = torch.tensor([error is not None, _digest(facts), 0.0, tasks], dtype=torch.float64, device=self._device)
+        wide = sums is not None and sums.dtype == torch.float64
+        numbers = [error is not None, _digest(facts), 0.0, tasks, wide]
+        header = torch.tensor(numbers, dtype=torch.float64, device=self._device)
         if scale is not None:
             header[_SCALE] = scale
         rows = self._gather(torch.cat([header, mine[:, :_ROOM].reshape(-1)]))
-        heads = rows[:, :_HEADER].tolist()
+        heads = rows[:, :_WIDE].tolist()
         if any(head[_BROKEN] for head in heads):
             self._raise_everywhere(error)
         if any(head != heads[0] for head in heads):
@@ -213,7 +218,8 @@ class Ranks(Alone):
         }
         total = _ordered_sum(table[:, :2])
         counts = total[1].tolist()
-        return Totals(total[0], total[1], [task for task in range(tasks) if counts[task] > 0], bad)
+        dtype = torch.float64 if rows[:, _WIDE].any() else torch.float32
+        return Totals(total[0], total[1], dtype, [task for task in range(tasks) if counts[task] > 0], bad)
 
     def _check_presence(self, present: list[list[float]], tasks: Sequence[str]) -> None:
         """Raise where a task that is missing on some ranks would leave the others waiting."""
