@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from processes import processes  # noqa: F401
 from torch import nn
 
 from balanced_optim import DualBalancedOptimizer

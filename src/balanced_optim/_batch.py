@@ -426,7 +426,7 @@ class Batch:
         ok = ok & finite
         if not proposed:
             return ok
-        if self._holds:
+        if self._holds and ok is not False:
             self._held.append(task)
         else:
             self.store.accept(task, ok, norm)
@@ -476,9 +476,13 @@ class Batch:
         """What the aggregator makes of the averaged gradients of the tasks that count."""
         progress, priorities = self._progress, self._plan.priorities
         averages = store.averages(proposed=True)
-        matrix = matrix_of([[rows[task] for rows in averages] for task in self._taken])
+        # A zero gradient takes no part, as under the max-norm rule.
+        tasks = [task for task in self._taken if self.norms[task] > 0]
+        if not tasks:
+            return [None] * len(self._plan.averaged)
+        matrix = matrix_of([[rows[task] for rows in averages] for task in tasks])
         if priorities is not None:
-            own = stack_scalars([priorities[task] for task in self._taken], matrix.dtype, matrix.device)
+            own = stack_scalars([priorities[task] for task in tasks], matrix.dtype, matrix.device)
             matrix.mul_(own[:, None])
 
         def run() -> Tensor:

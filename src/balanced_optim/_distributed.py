@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 # The message before a step has room for this many tasks, so that its size does not depend on what a rank takes T for.
 _ROOM = 64
-# Its first numbers, all but the last one alike on all ranks. For every task there follow the sum of the losses, the number
-# of samples, and whether a loss is here.
+# Its first numbers, all but the last one alike on all ranks. For every task there follow the sum of the losses, the
+# number of samples, and whether a loss is here.
 _BROKEN, _DIGEST, _SCALE, _TASKS, _WIDE, _HEADER = range(6)
 
 Gradients = list[Tensor | None]

@@ -11,7 +11,7 @@ from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
 from ._accumulation import sums_with
-from ._aggregation import check_aggregator, remember
+from ._aggregation import check_aggregator, check_memory, remember
 from ._balance import Balance
 from ._batch import Batch, OverflowedBatchError, RefusedBatchError, accumulate
 from ._distributed import Alone, Processes, Ranks, Totals, check_process_group
@@ -333,6 +333,7 @@ class DualBalancedOptimizer(Optimizer):
         facts: dict[str, Any] = {
             "the call": call,
             "the settings": repr((plan.settings, plan.priorities, plan.joint, plan.shared, plan.averaged)),
+            "the aggregator": repr(type(plan.aggregator)),
             "the schedule": (progress.beta, progress.beta_decay),
             "the counts of batches": (progress.counts, progress.ages),
             "the shapes of the parameters": [tuple(parameter.shape) for parameter in self._parameters()],
@@ -467,6 +468,7 @@ class DualBalancedOptimizer(Optimizer):
             known = progress.tasks is not None
             check_fits(loaded, expected, known, progress.named, [parameters[position] for position in plan.averaged])
             check_schedule(loaded.beta, loaded.beta_decay)
+            check_memory(plan.aggregator, loaded.memory)
             ranks = self._ranks()
             averages = ranks.own(loaded.averages)
         self.base_optim.load_state_dict(base)
@@ -474,7 +476,7 @@ class DualBalancedOptimizer(Optimizer):
         if loaded is not None:
             progress.beta, progress.beta_decay = loaded.beta, loaded.beta_decay
             progress.reached[:] = loaded.reached
-            progress.memory = loaded.memory or None
+            progress.memory = (loaded.memory or None) if plan.aggregator is not None else None
             if loaded.counts and loaded.tasks is not None:
                 progress.tasks, progress.named = loaded.tasks, loaded.named
                 progress.counts.extend(loaded.counts)
