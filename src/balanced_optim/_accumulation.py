@@ -40,10 +40,6 @@ class MicroBatches:
             else:
                 known[position] = wide if samples == 1 else wide.mul_(samples)
 
-    def seen(self, task: int) -> bool:
-        """Whether a micro-batch had this task."""
-        return self.samples[task] > 0
-
 
 def sums_with(earlier: MicroBatches | None, values: Tensor, samples: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
     """Over all micro-batches ``sum_m s_m loss_m`` and ``sum_m s_m``, and the last ``s_m``; each of shape (T,).
@@ -56,7 +52,7 @@ def sums_with(earlier: MicroBatches | None, values: Tensor, samples: Sequence[fl
     if earlier is not None:
         values = values.to(torch.promote_types(values.dtype, earlier.losses.dtype))
     last = torch.tensor(samples, dtype=values.dtype, device=values.device)
-    sums, total = torch.where(values.isnan() & (last == 0), torch.zeros_like(values), last * values), last
+    sums, total = torch.where(last == 0, torch.zeros_like(values), last * values), last
     if earlier is not None:
         sums = sums + earlier.losses.to(values.dtype)
         total = total + torch.tensor(earlier.samples, dtype=values.dtype, device=values.device)

@@ -386,7 +386,7 @@ class Batch:
 
     def _check_reach(self, task: int, found: list[Tensor | None]) -> None:
         """Refuse a task that this rank has, if it reaches nothing to average although something can be reached."""
-        here = self.losses.losses[task] is not None or (self._earlier is not None and self._earlier.seen(task))
+        here = self.losses.losses[task] is not None or (self._earlier is not None and self._earlier.gradients[task])
         if not here or self.store.early(task) or any(found[position] is not None for position in self._plan.averaged):
             return
         if any(self.parameters[position].requires_grad for position in self._plan.shared):
@@ -404,7 +404,7 @@ class Batch:
 
     def _earlier_of(self, task: int, weight: Scalar = 1.0) -> dict[int, Tensor]:
         """The sums of earlier micro-batches in units of this batch's gradient, new tensors."""
-        if self._earlier is None or not self._earlier.seen(task):
+        if self._earlier is None:
             return {}
         factor = self.factors[task] * weight
         return {
@@ -600,7 +600,7 @@ class Batch:
             )
         return (
             f"task {name!r} reaches no shared parameter: its loss does not depend on shared_params; "
-            "leave it out of the losses (add its own .backward()), or correct shared_params"
+            f"leave it out of the losses (add its own .backward()), or correct shared_params{self._ranks.hint}"
         )
 
     # ------------------------------------------------- the result
@@ -720,5 +720,7 @@ def _add_passes(
         )
         gradients = [None if gradient is None else unscaled(gradient, scale) for gradient in found]
         total.add(task, gradients, 1.0 if ranks.reduces_in_passes else samples[task])
-        total.losses[task] += values[task] * samples[task]
-        total.samples[task] += samples[task]
+        if samples[task]:
+            # A mean over no samples may be NaN.
+            total.losses[task] += values[task] * samples[task]
+            total.samples[task] += samples[task]

@@ -67,6 +67,7 @@ class Alone:
         owns_gradients: whether task gradients come in memory that averages may be made in.
         reduces_in_passes: whether gradients are added up over the ranks inside each backward pass, which then cannot
             stop at some of the parameters.
+        hint: what else may be wrong where a task reaches nothing.
         shares: for each averaged parameter the part of its squared norm that counts here, so that the sum over
             ranks is right; None: all of it.
     """
@@ -77,6 +78,7 @@ class Alone:
     keeps_whole = True
     owns_gradients = True
     reduces_in_passes = False
+    hint = ""
     shares: list[float] | None = None
 
     def parts(self, averaged: Sequence[Tensor]) -> list[Tensor]:
@@ -153,6 +155,11 @@ class Alone:
 
 class Ranks(Alone):
     """What replicated and sharded parameters have in common: the meetings."""
+
+    hint = (
+        "; with FSDP2, which replaces parameters, build the base optimizer and this one after fully_shard, and leave "
+        "set_requires_gradient_sync alone: accumulate() takes its place"
+    )
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self._device = group, device
@@ -514,6 +521,8 @@ class Shards(Ranks):
         for module in self._modules:
             module.set_reshard_after_backward(not retain_graph, recurse=False)
         found = raw_pass(losses, cotangents, names, parameters, retain_graph=retain_graph)
+        if all(gradient is None for gradient in found):
+            raise ValueError(f"tasks {list(names)} must reach a sharded parameter, but none got a gradient{self.hint}")
         return [None if g is None else owned(_dtensor(g).to_local() if _is_dtensor(g) else g) for g in found]
 
     def wrap(self, gradient: Tensor, parameter: Tensor) -> Tensor:
@@ -567,8 +576,11 @@ class Processes:
         check_framework(parameters, self._group is not None)
         group = self._group
         if group is None:
-            return Alone()
-        if any(_is_dtensor(parameter) for parameter in averaged):
+            alone = Alone()
+            if dist.is_available() and dist.is_initialized():
+                alone.hint = Ranks.hint
+            return alone
+        if any(_is_dtensor(parameter) for parameter in parameters):
             if self._sharded:
                 raise ValueError(
                     "shard_averages must be False where FSDP2 shards the parameters, got True; their averages are "
@@ -649,8 +661,16 @@ def _wrappers() -> Iterable[Any]:
         ("torch.distributed.fsdp.fully_sharded_data_parallel", "FullyShardedDataParallel"),
     ]
     kinds = tuple(getattr(sys.modules[module], name) for module, name in names if module in sys.modules)
-    # type(), since isinstance() reads __class__, which some objects answer with a warning.
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), kinds)]
+    wraps: dict[type, bool] = {}
+    found = []
+    for thing in gc.get_objects():
+        # type(), since isinstance() reads __class__, which some objects answer with a warning.
+        kind = type(thing)
+        if kind not in wraps:
+            wraps[kind] = issubclass(kind, kinds)
+        if wraps[kind]:
+            found.append(thing)
+    return found
 
 
 def _warn_of_outside(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
@@ -745,8 +765,10 @@ def _check_mesh(parameter: DTensor, ranks: set[int]) -> None:
     """Raise unless the group holds the ranks over which this parameter's gradient is averaged."""
     mesh = parameter.device_mesh
     covered = [set(dist.get_process_group_ranks(mesh.get_group(d))) <= ranks for d in range(mesh.ndim)]
-    missed = [d for d, p in enumerate(parameter.placements) if p.is_replicate() and not covered[d]]
-    if not any(covered) or missed:
+    # FSDP2's dimensions come first: those it replicates over, then the one it shards over; tensor parallelism after.
+    sharded = [not placement.is_replicate() for placement in parameter.placements]
+    needed = sharded.index(True) + 1 if any(sharded) else mesh.ndim
+    if not all(covered[:needed]):
         raise ValueError(
             f"process_group must hold the ranks that the batch is split over, got ranks {sorted(ranks)} for a "
             f"parameter of shape {tuple(parameter.shape)} on {mesh} with {parameter.placements}; pass the group of the "

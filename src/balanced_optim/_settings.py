@@ -104,7 +104,8 @@ def shared_positions(
         if id(parameter) not in place:
             raise ValueError(
                 f"{argument} must all be in base_optim, but {name} of shape {tuple(parameter.shape)} is not; "
-                "give base_optim every trained parameter, heads included"
+                "give base_optim every trained parameter, heads included (fully_shard replaces them: build base_optim "
+                "after it)"
             )
         positions[place[id(parameter)]] = None
     if not positions:

@@ -261,7 +261,11 @@ class DualBalancedOptimizer(Optimizer):
             RuntimeError: a gradient is not finite although its loss is; or the graph was used before.
         """
         ranks = self._ranks()
-        batch, counted, scale, totals = self._meet(ranks, "backward()", losses, scaler, samples)
+        try:
+            batch, counted, scale, totals = self._meet(ranks, "backward()", losses, scaler, samples)
+        except BaseException:
+            ranks.reset()
+            raise
         work = Batch(self._plan, self._progress, ranks, self._parameters(), batch, counted, scale, totals)
         before = take_gradients(work.parameters)
         try:
@@ -313,7 +317,11 @@ class DualBalancedOptimizer(Optimizer):
                 the passes drops them: half a micro-batch must not end up in the next batch.
         """
         ranks = self._ranks()
-        batch, counted, scale, totals = self._meet(ranks, "accumulate()", losses, scaler, samples)
+        try:
+            batch, counted, scale, totals = self._meet(ranks, "accumulate()", losses, scaler, samples)
+        except BaseException:
+            ranks.reset()
+            raise
         accumulate(self._plan, self._progress, ranks, self._parameters(), batch, counted, scale, totals)
         self._progress.tasks, self._progress.named = batch.names, batch.named
 
