@@ -4,7 +4,7 @@ Every method trains the same network on the same batches from the same initial w
 same optimizer, learning rate and number of steps; only the way the losses are combined differs.
 
 Run from the root of the repository with `python -m benchmarks.compare`: on two overlaid digits, or on
-the data set that `--data` names, from the file at `--data-path` where it has one. It prints a table and
+the data set that `--data` names, from the file or folder at `--data-path` where it has one. It prints a table and
 writes `summary.json`, `delta_p.png` and, where DB-MTL is among the methods, `training.png`.
 """
 
@@ -17,36 +17,20 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.digit_domains import DIGIT_DOMAINS
-from benchmarks.digits import TASKS, two_digits
+from benchmarks.data import DATA
 from benchmarks.environment import describe_environment
 from benchmarks.methods import DEFAULT_METHODS, METHODS, SINGLE_TASK
 from benchmarks.pictures import save_delta_p, save_training
 from benchmarks.problem import DataSet, MakeProblem, Task
 from benchmarks.report import MethodSummary, make_table, summarize, write_summary
-from benchmarks.training import Curves, Run, run_method
+from benchmarks.training import Curves, Run, Training, networks, run_method
 
-LEARNING_RATE = 1e-3
-BATCH_SIZE = 64
-FULL_STEPS, FULL_SEEDS = 1000, 3
+FULL_SEEDS = 3
 QUICK_STEPS, QUICK_SEEDS = 100, 2
 RESULTS = Path(__file__).parent / "results"
 
 Runs = dict[str, list[Run]]
 """Method name to one run per seed; single-task models first."""
-
-
-def two_digits_from(path: Path | None) -> MakeProblem:
-    """Return what makes the two digits of a seed; `DataSet.load` of a data set that needs no file."""
-    if path is not None:
-        raise ValueError(f"digits comes with scikit-learn and takes no file, got {path}")
-    return two_digits
-
-
-DATA = {
-    "digits": DataSet("two digits", TASKS, two_digits_from),
-    "digit_domains": DIGIT_DOMAINS,
-}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -60,19 +44,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console()
     start = time.perf_counter()
     data: DataSet = DATA[options.data]
-    runs = measure(options.make_problem, [SINGLE_TASK, *options.methods], options.seeds, options.steps, console)
+    methods = [SINGLE_TASK, *options.methods]
+    runs = measure(data, options.make_problem, methods, options.seeds, options.steps, console)
     summary = summarize(runs, data.tasks)
     environment = describe_environment() | {
         "problem": data.title,
         "steps": options.steps,
-        "batch_size": BATCH_SIZE,
-        "learning_rate": LEARNING_RATE,
+        "batch_size": data.batch_size,
+        "learning_rate": data.learning_rate,
         "seeds": list(range(options.seeds)),
         "seconds": round(time.perf_counter() - start, 1),
     }
-    write_summary(options.out / "summary.json", summary, data.tasks, environment)
+    write_summary(options.out / "summary.json", summary, environment)
     draw(options.out, summary, runs, data.tasks)
-    title = f"{data.title.capitalize()}: mean ± std (seeds: {options.seeds}, steps: {options.steps})"
+    title = f"{with_capital(data.title)}: mean ± std (seeds: {options.seeds}, steps: {options.steps})"
     console.print(make_table(summary, data.tasks, title))
     console.print(f"Summary and pictures are in {options.out}")
 
@@ -98,8 +83,8 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--data-path",
         type=Path,
-        metavar="FILE",
-        help="the file of the data set; without one the error says what is expected",
+        metavar="PATH",
+        help="the file or folder of the data set; without one the error says what is expected",
     )
     parser.add_argument(
         "--seeds",
@@ -111,14 +96,16 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--steps",
         type=positive_int,
         metavar="N",
-        help=f"training steps of each network (default: {FULL_STEPS}; quick: {QUICK_STEPS})",
+        help=f"training steps of each network (default: the data set's, 1000 for digits; quick: {QUICK_STEPS})",
     )
     parser.add_argument(
         "--methods",
         nargs="+",
         choices=[SINGLE_TASK, *METHODS],
         default=DEFAULT_METHODS,
-        help="methods to run (default: all but db_mtl_bfloat16_averages); stl always runs, as Delta_p is against it",
+        metavar="NAME",
+        help=f"methods to run (default: {' '.join(DEFAULT_METHODS)}); stl always runs, as Delta_p is against it; "
+        f"all: {' '.join(METHODS)}",
     )
     parser.add_argument(
         "--threads",
@@ -133,7 +120,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="a look at the whole in under half a minute; the figures mean little",
     )
     options = parser.parse_args(arguments)
-    options.steps = options.steps or (QUICK_STEPS if options.quick else FULL_STEPS)
+    options.steps = options.steps or (QUICK_STEPS if options.quick else DATA[options.data].steps)
     options.seeds = options.seeds or (QUICK_SEEDS if options.quick else FULL_SEEDS)
     options.out = options.out or RESULTS / _folder(options.data, options.quick)
     options.methods = [name for name in METHODS if name in options.methods]
@@ -153,6 +140,11 @@ def _folder(data: str, quick: bool) -> str:
     return "_".join(part for part in parts if part)
 
 
+def with_capital(text: str) -> str:
+    """Return the text with a capital first letter, the others as they are."""
+    return text[:1].upper() + text[1:]
+
+
 def positive_int(text: str) -> int:
     """Parse a whole number of at least 1; an argparse type."""
     if not text.isdecimal() or int(text) < 1:
@@ -160,19 +152,22 @@ def positive_int(text: str) -> int:
     return int(text)
 
 
-def measure(make_problem: MakeProblem, methods: Sequence[str], seeds: int, steps: int, console: Console) -> Runs:
+def measure(
+    data: DataSet, make_problem: MakeProblem, methods: Sequence[str], seeds: int, steps: int, console: Console
+) -> Runs:
     """Train and score every method with every seed, behind a progress bar.
 
     Args:
-        make_problem: The data set.
+        data: The data set.
+        make_problem: What its `load` returned.
         methods: Names from `METHODS`, or `SINGLE_TASK`.
         seeds: Number of seeds, counted from 0.
         steps: Optimizer steps of each network.
         console: Where the progress bar goes.
     """
-    problems = [make_problem(seed, BATCH_SIZE) for seed in range(seeds)]
+    problems = [make_problem(seed, data.batch_size) for seed in range(seeds)]
     runs: Runs = {name: [] for name in methods}
-    networks = sum(len(problems[0].tasks) if name == SINGLE_TASK else 1 for name in methods)
+    trainings = sum(networks(name, len(data.tasks)) for name in methods)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -182,19 +177,12 @@ def measure(make_problem: MakeProblem, methods: Sequence[str], seeds: int, steps
     )
     # Methods differ in speed, so the remaining time is read off a long stretch.
     with Progress(*columns, console=console, speed_estimate_period=120) as progress:
-        bar = progress.add_task("", total=seeds * steps * networks)
+        bar = progress.add_task("", total=seeds * steps * trainings)
         for seed, problem in enumerate(problems):
             for name in methods:
                 progress.update(bar, description=f"seed {seed + 1}/{seeds} {name}")
-                run = run_method(
-                    name,
-                    problem,
-                    steps=steps,
-                    learning_rate=LEARNING_RATE,
-                    seed=seed,
-                    on_step=lambda: progress.advance(bar),
-                )
-                runs[name].append(run)
+                training = Training(steps, data.learning_rate, seed, on_step=lambda: progress.advance(bar))
+                runs[name].append(run_method(name, problem, training))
     return runs
 
 

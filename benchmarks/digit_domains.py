@@ -17,7 +17,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.metrics import accuracy
-from benchmarks.problem import Batch, DataSet, MakeProblem, MultiTaskNet, Problem, Task
+from benchmarks.problem import (
+    Batch,
+    DataSet,
+    MakeProblem,
+    Metric,
+    MultiTaskNet,
+    Problem,
+    Task,
+    only_hard_sharing,
+)
 
 SIZE = 16
 CLASSES = 10
@@ -25,12 +34,14 @@ FEATURES = 64
 MAX_PIXEL = 255.0
 TEST_EVERY = 5
 """MNIST's part is its 10,000 test images, which have no split of their own: every fifth is a test image here."""
+VALIDATION_EVERY = 10
+"""Of the training images every tenth is a validation image."""
 
 DOMAINS = ("mnist", "usps", "optdigits")
 OFFICIAL_SPLIT = ("usps", "optdigits")
 """Domains whose first `<domain>_ntrain` images are the training set."""
 
-TASKS = tuple(Task(name, "accuracy", True, F.cross_entropy, accuracy) for name in DOMAINS)
+TASKS = tuple(Task(name, F.cross_entropy, (Metric("accuracy", True, accuracy),)) for name in DOMAINS)
 
 KEYS = [f"{name}_{part}" for name in DOMAINS for part in ("x", "y")] + [f"{name}_ntrain" for name in OFFICIAL_SPLIT]
 
@@ -61,9 +72,10 @@ class Images:
 
 @dataclass(frozen=True)
 class Domain:
-    """The training and the test images of one domain."""
+    """The training, the validation and the test images of one domain."""
 
     train: Images
+    validation: Images
     test: Images
 
 
@@ -101,10 +113,12 @@ def _split(name: str, arrays: Mapping[str, np.ndarray]) -> Domain:
     images = Images(torch.from_numpy(pixels).unsqueeze(1) / MAX_PIXEL, torch.from_numpy(digits).long())
     rows = torch.arange(len(images))
     is_test = rows >= _train_size(name, arrays) if name in OFFICIAL_SPLIT else rows % TEST_EVERY == TEST_EVERY - 1
-    domain = Domain(images[~is_test], images[is_test])
-    if not len(domain.train) or not len(domain.test):
-        raise ValueError(f"{name} has {len(domain.train)} training and {len(domain.test)} test images")
-    return domain
+    rest, test = rows[~is_test], rows[is_test]
+    if len(rest) < 2 or not len(test):
+        raise ValueError(f"{name} has {len(rest)} training and {len(test)} test images")
+    # The first image of every ten, so that ten are not needed.
+    is_validation = torch.arange(len(rest)) % VALIDATION_EVERY == 0
+    return Domain(images[rest[~is_validation]], images[rest[is_validation]], images[test])
 
 
 def _train_size(name: str, arrays: Mapping[str, np.ndarray]) -> int:
@@ -129,7 +143,7 @@ def build_model() -> MultiTaskNet:
 
 
 def three_domains(domains: Mapping[str, Domain], seed: int, batch_size: int = 64) -> Problem:
-    """Make the problem of one seed; all seeds have the same training and test images.
+    """Make the problem of one seed; all seeds have the same training, validation and test images.
 
     Args:
         domains: Every domain's images, by name.
@@ -147,7 +161,9 @@ def three_domains(domains: Mapping[str, Domain], seed: int, batch_size: int = 64
                 }
             )
 
-    return Problem(TASKS, build_model, train_batches, _batch({name: domain.test for name, domain in domains.items()}))
+    validation = _batch({name: domain.validation for name, domain in domains.items()})
+    test = _batch({name: domain.test for name, domain in domains.items()})
+    return Problem(TASKS, only_hard_sharing(build_model), train_batches, validation, test)
 
 
 def _batch(images: Mapping[str, Images]) -> Batch:

@@ -6,6 +6,7 @@ loss scales more than an order of magnitude apart.
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,16 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from benchmarks.metrics import accuracy
-from benchmarks.problem import Batch, MultiTaskNet, Problem, Task
+from benchmarks.problem import (
+    Batch,
+    DataSet,
+    MakeProblem,
+    Metric,
+    MultiTaskNet,
+    Problem,
+    Task,
+    only_hard_sharing,
+)
 
 MAX_PIXEL = 16.0
 SHIFT = 4
@@ -21,13 +31,14 @@ SHIFT = 4
 HEIGHT, WIDTH = 8, 8 + SHIFT
 CLASSES = 10
 FEATURES = 64
-TEST_DIGITS = 500
-TEST_PAIRS = 2000
+TEST_DIGITS, VALIDATION_DIGITS = 500, 200
+TEST_PAIRS, VALIDATION_PAIRS = 2000, 1000
 
+ACCURACY = Metric("accuracy", True, accuracy)
 TASKS = (
-    Task("left", "accuracy", True, F.cross_entropy, accuracy),
-    Task("right", "accuracy", True, F.cross_entropy, accuracy),
-    Task("reconstruction", "MSE", False, F.mse_loss, F.mse_loss),
+    Task("left", F.cross_entropy, (ACCURACY,)),
+    Task("right", F.cross_entropy, (ACCURACY,)),
+    Task("reconstruction", F.mse_loss, (Metric("MSE", False, F.mse_loss),)),
 )
 
 
@@ -98,17 +109,18 @@ def _head(outputs: int) -> nn.Module:
 def two_digits(seed: int, batch_size: int = 64) -> Problem:
     """Make the problem of one seed.
 
-    The digits are split before they are paired, so no scan in a test pair was ever trained on.
+    The digits are split before they are paired, so no scan in a test or validation pair was ever trained on.
 
     Args:
-        seed: Fixes the split, the test pairs and the training pairs.
+        seed: Fixes the split, the test and validation pairs and the training pairs.
         batch_size: Pairs in a training batch; every batch is drawn afresh.
     """
     generator = torch.Generator().manual_seed(seed)
     images, labels = load_images()
     order = torch.randperm(len(images), generator=generator)
-    test, train = order[:TEST_DIGITS], order[TEST_DIGITS:]
+    test, validation, train = order.tensor_split([TEST_DIGITS, TEST_DIGITS + VALIDATION_DIGITS])
     test_pairs = sample_pairs(images[test], labels[test], TEST_PAIRS, generator)
+    validation_pairs = sample_pairs(images[validation], labels[validation], VALIDATION_PAIRS, generator)
     pair_state = generator.get_state()
 
     def train_batches() -> Iterator[Batch]:
@@ -117,4 +129,18 @@ def two_digits(seed: int, batch_size: int = 64) -> Problem:
         while True:
             yield sample_pairs(images[train], labels[train], batch_size, pairs)
 
-    return Problem(TASKS, build_model, train_batches, test_pairs)
+    return Problem(TASKS, only_hard_sharing(build_model), train_batches, validation_pairs, test_pairs)
+
+
+def load(path: Path | None) -> MakeProblem:
+    """Return what makes the problem of a seed.
+
+    Raises:
+        ValueError: A path is given.
+    """
+    if path is not None:
+        raise ValueError(f"digits comes with scikit-learn and takes no file, got {path}")
+    return two_digits
+
+
+DIGITS = DataSet("two digits", TASKS, load)

@@ -3,10 +3,14 @@
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 from torch import Tensor
 
 from benchmarks.problem import Task
+
+Scores: TypeAlias = Mapping[str, Mapping[str, float]]
+"""Task name to metric name to value."""
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -19,27 +23,35 @@ def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
     return (logits.argmax(dim=1) == labels).float().mean()
 
 
-def delta_p(scores: Mapping[str, float], baseline: Mapping[str, float], tasks: Iterable[Task]) -> float:
+def delta_p(scores: Scores, baseline: Scores, tasks: Iterable[Task]) -> float:
     """Relative gain over single-task models in percent, averaged over tasks; higher is better.
 
-    The mean over tasks of `(-1)^s * 100 * (M - M_STL) / M_STL`, where s is 0 if a higher metric M
-    is better and 1 otherwise. The benchmarks pair by seed: M_STL comes from the single-task models
-    of the seed that M comes from, hence from the same split of the data and the same initial
-    weights.
+    The mean over tasks of the mean over the task's metrics of `(-1)^s * 100 * (M - M_STL) / M_STL`, where s is 0
+    if a higher metric M is better and 1 otherwise. The benchmarks pair by seed: M_STL comes from the single-task
+    models of the seed that M comes from, hence from the same split of the data and the same initial weights.
 
     Args:
-        scores: Metric of each task, by task name.
-        baseline: Metric of each task's single-task model, by task name; not zero.
+        scores: Value of each metric of each task.
+        baseline: Those of the tasks' single-task models; not zero.
         tasks: The tasks to average over.
     """
-    gains = [
-        (1.0 if task.higher_is_better else -1.0)
-        * 100.0
-        * (scores[task.name] - baseline[task.name])
-        / baseline[task.name]
-        for task in tasks
-    ]
-    return statistics.fmean(gains)
+    return statistics.fmean(statistics.fmean(gains(task, scores[task.name], baseline[task.name])) for task in tasks)
+
+
+def gains(task: Task, scores: Mapping[str, float], baseline: Mapping[str, float]) -> list[float]:
+    """Return the relative gain of each of the task's metrics in percent; positive is better.
+
+    Raises:
+        ValueError: A metric of the baseline is zero.
+    """
+    relative = []
+    for metric in task.metrics:
+        reference = baseline[metric.name]
+        if reference == 0:
+            raise ValueError(f"{task.name}, {metric.name}: a relative gain over 0 is not defined")
+        sign = 1.0 if metric.higher_is_better else -1.0
+        relative.append(sign * 100.0 * (scores[metric.name] - reference) / reference)
+    return relative
 
 
 @dataclass(frozen=True)

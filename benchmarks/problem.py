@@ -1,11 +1,28 @@
-"""What a benchmark trains on: tasks, batches, and a network with one trunk and a head per task."""
+"""What a benchmark trains on: tasks with their metrics, batches, networks, and data sets."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import torch
 from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One number by which a task is judged.
+
+    Attributes:
+        name: What tables and result files call it; unique within its task.
+        higher_is_better: Its direction.
+        score: `(outputs, targets) -> scalar` on a whole set.
+    """
+
+    name: str
+    higher_is_better: bool
+    score: Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -14,17 +31,13 @@ class Task:
 
     Attributes:
         name: The key of the task in losses, targets, heads and result files.
-        metric: Name of the metric, for tables.
-        higher_is_better: Direction of the metric.
         loss: `(output, target) -> scalar`, differentiable.
-        score: `(output, target) -> scalar`, the metric on a whole test set.
+        metrics: What counts; Delta_p averages the metrics of a task, then the tasks.
     """
 
     name: str
-    metric: str
-    higher_is_better: bool
     loss: Callable[[Tensor, Tensor], Tensor]
-    score: Callable[[Tensor, Tensor], Tensor]
+    metrics: tuple[Metric, ...]
 
 
 @dataclass(frozen=True)
@@ -32,15 +45,38 @@ class Batch:
     """Inputs and targets.
 
     Attributes:
-        inputs: Shape (B, ...), the same for all tasks; or each task's own, by task name.
+        inputs: Shape (B, ...), the same for all tasks; or each task's own, by task name; or the parts of one
+            input, by names that only the network knows.
         targets: Each task's targets, shape (B, ...), by task name.
     """
 
     inputs: Tensor | Mapping[str, Tensor]
     targets: Mapping[str, Tensor]
 
+    def to(self, device: torch.device) -> "Batch":
+        """Return the batch on that device."""
+        inputs = self.inputs
+        moved = inputs.to(device) if isinstance(inputs, Tensor) else {k: v.to(device) for k, v in inputs.items()}
+        return Batch(moved, {name: target.to(device) for name, target in self.targets.items()})
 
-class MultiTaskNet(nn.Module):
+
+class MultiTaskModel(nn.Module, ABC):
+    """A network with an output for every task."""
+
+    @abstractmethod
+    def forward(self, inputs: Tensor | Mapping[str, Tensor], task_names: Iterable[str]) -> dict[str, Tensor]:
+        """Return the outputs of the named tasks only, by task name."""
+
+    @abstractmethod
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Return what is shared: the parameters that `DualBalancedOptimizer` balances."""
+
+    @abstractmethod
+    def norm_parameters(self) -> list[nn.Parameter]:
+        """Return a small subset of the shared parameters that every task reaches, as the last shared layer."""
+
+
+class MultiTaskNet(MultiTaskModel):
     """A shared trunk and one head per task (hard parameter sharing)."""
 
     def __init__(self, trunk: nn.Module, heads: Mapping[str, nn.Module]) -> None:
@@ -64,6 +100,15 @@ class MultiTaskNet(nn.Module):
             return {name: self.heads[name](features) for name in task_names}
         return {name: self.heads[name](self.trunk(inputs[name])) for name in task_names}
 
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """Return the trunk's parameters."""
+        return list(self.trunk.parameters())
+
+    def norm_parameters(self) -> list[nn.Parameter]:
+        """Return those of the trunk's last linear layer or convolution."""
+        layers = [module for module in self.trunk.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+        return list(layers[-1].parameters())
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -71,14 +116,17 @@ class Problem:
 
     Attributes:
         tasks: The tasks, in the order in which they are reported.
-        build_model: Makes an untrained network from torch's global random state.
+        build_model: Makes an untrained network by the name of its architecture, "hard", "cross_stitch" or "mtan",
+            from torch's global random state.
         train_batches: Starts the endless stream of training batches; each call starts the same one.
+        validation: The validation set as one batch, for what a method tunes.
         test: The whole test set as one batch.
     """
 
     tasks: tuple[Task, ...]
-    build_model: Callable[[], MultiTaskNet]
+    build_model: Callable[[str], MultiTaskModel]
     train_batches: Callable[[], Iterator[Batch]]
+    validation: Batch
     test: Batch
 
 
@@ -91,12 +139,32 @@ class DataSet:
     """A data set that a benchmark can be run on.
 
     Attributes:
-        title: What tables and result files call it.
+        title: What tables and result files call it; made data say "synthetic" here.
         tasks: The tasks of its problems, in the order in which they are reported.
-        load: Reads the file at a path, None for none, and returns what makes the problem of a seed.
-            Raises `ValueError` if it needs a file and has none that it can use, or takes none.
+        load: Reads the data at a path, None for none, and returns what makes the problem of a seed.
+            Raises `ValueError` if it needs a path and has none that it can use, or takes none; the message names
+            the path, what was expected and where the data come from.
+        architectures: The names that its `Problem.build_model` takes.
+        batch_size: Rows in a training batch, or rows of every task where each has inputs of its own.
+        learning_rate: Adam's.
+        steps: Training steps of a run.
     """
 
     title: str
     tasks: tuple[Task, ...]
     load: Callable[[Path | None], MakeProblem]
+    architectures: tuple[str, ...] = ("hard",)
+    batch_size: int = 64
+    learning_rate: float = 1e-3
+    steps: int = 1000
+
+
+def only_hard_sharing(build: Callable[[], MultiTaskModel]) -> Callable[[str], MultiTaskModel]:
+    """Return a `Problem.build_model` for a data set that has hard sharing alone."""
+
+    def build_model(architecture: str) -> MultiTaskModel:
+        if architecture != "hard":
+            raise ValueError(f"architecture must be 'hard', got {architecture!r}")
+        return build()
+
+    return build_model

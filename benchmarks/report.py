@@ -17,10 +17,10 @@ from benchmarks.training import Run
 
 @dataclass(frozen=True)
 class MethodSummary:
-    """Delta_p in percent, and each task's metric by task name, over the seeds."""
+    """Delta_p in percent, and each task's metrics by task name and metric name, over the seeds."""
 
     delta_p: Spread
-    tasks: Mapping[str, Spread]
+    tasks: Mapping[str, Mapping[str, Spread]]
 
 
 def summarize(runs: Mapping[str, Sequence[Run]], tasks: Iterable[Task]) -> dict[str, MethodSummary]:
@@ -38,25 +38,26 @@ def summarize(runs: Mapping[str, Sequence[Run]], tasks: Iterable[Task]) -> dict[
             Spread(
                 [delta_p(run.scores, single.scores, tasks) for run, single in zip(method_runs, baseline, strict=True)]
             ),
-            {task.name: Spread([run.scores[task.name] for run in method_runs]) for task in tasks},
+            {
+                task.name: {
+                    metric.name: Spread([run.scores[task.name][metric.name] for run in method_runs])
+                    for metric in task.metrics
+                }
+                for task in tasks
+            },
         )
         for name, method_runs in runs.items()
     }
 
 
-def write_summary(
-    path: Path,
-    summary: Mapping[str, MethodSummary],
-    tasks: Iterable[Task],
-    environment: Mapping[str, Any],
-) -> None:
+def write_summary(path: Path, summary: Mapping[str, MethodSummary], environment: Mapping[str, Any]) -> None:
     """Write the summary as JSON: `methods` by name, and the `environment` as given."""
-    metrics = {task.name: task.metric for task in tasks}
     methods = {
         name: {
             "delta_p": _spread_record(method.delta_p),
             "tasks": {
-                task: {"metric": metrics[task], **_spread_record(spread)} for task, spread in method.tasks.items()
+                task: {metric: _spread_record(spread) for metric, spread in metrics.items()}
+                for task, metrics in method.tasks.items()
             },
         }
         for name, method in summary.items()
@@ -70,7 +71,7 @@ def _spread_record(spread: Spread) -> dict[str, Any]:
 
 
 def make_table(summary: Mapping[str, MethodSummary], tasks: Iterable[Task], title: str) -> Table:
-    """Lay the summary out as a table: a row per method, a column per task, then Delta_p.
+    """Lay the summary out as a table: a row per method, a column per metric of each task, then Delta_p.
 
     An arrow says which way is better.
     """
@@ -78,11 +79,12 @@ def make_table(summary: Mapping[str, MethodSummary], tasks: Iterable[Task], titl
     table = Table(title=title, box=SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     table.add_column("method", no_wrap=True)
     for task in tasks:
-        arrow = "↑" if task.higher_is_better else "↓"
-        table.add_column(f"{task.name}\n{task.metric} {arrow}", justify="right", no_wrap=True)
+        for metric in task.metrics:
+            arrow = "↑" if metric.higher_is_better else "↓"
+            table.add_column(f"{task.name}\n{metric.name} {arrow}", justify="right", no_wrap=True)
     table.add_column("Delta_p\n% ↑", justify="right", no_wrap=True)
     for name, method in summary.items():
-        cells = [_format(method.tasks[task.name], digits=3) for task in tasks]
+        cells = [_format(method.tasks[task.name][metric.name], digits=3) for task in tasks for metric in task.metrics]
         table.add_row(name, *cells, _format(method.delta_p, digits=1, sign="+"))
     return table
 

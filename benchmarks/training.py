@@ -1,15 +1,64 @@
 """Training one network by one method, and the scores and curves that come out of it."""
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice
+from statistics import median
 
 import torch
 from torch import Tensor
 
-from benchmarks.methods import METHODS, SINGLE_TASK, BuildStep, summed_loss
-from benchmarks.problem import MultiTaskNet, Problem, Task
+from benchmarks.methods import METHODS, SINGLE_TASK, TUNED_WEIGHTS, BuildStep, StepReport, fixed_weights, summed_loss
+from benchmarks.metrics import Scores, delta_p
+from benchmarks.problem import Batch, MultiTaskModel, Problem, Task
+from benchmarks.study_probe import Probe, Window
+
+ROWS_AT_ONCE = 128
+"""Rows of a set that a network scores in one go, where rows can be told apart."""
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adam": torch.optim.Adam,
+    "sgd": partial(torch.optim.SGD, momentum=0.9),
+}
+"""The base optimizers by name; each takes the parameters and `lr`."""
+
+CANDIDATES = 8
+"""Weights that the search for fixed weights tries; the first are all 1."""
+
+CANDIDATE_SHARE = 4
+"""A candidate is trained for one over this many of the steps."""
+
+WEIGHT_RANGE = 100.0
+"""Before they are normalised, weights of candidates are log-uniform between 1 and this."""
+
+
+@dataclass(frozen=True)
+class Training:
+    """How a network is trained, whatever the method.
+
+    Attributes:
+        steps: Number of optimizer steps, at least 1.
+        learning_rate: The base optimizer's, constant.
+        seed: Fixes the initial weights.
+        optimizer: The base optimizer, a name of `OPTIMIZERS`.
+        architecture: The network, a name that the problem's `build_model` takes.
+        device: Where it is trained.
+        probe: Whether gradients are measured on the way, outside the time that is taken.
+        on_step: Called after every step, for progress.
+    """
+
+    steps: int
+    learning_rate: float
+    seed: int
+    optimizer: str = "adam"
+    architecture: str = "hard"
+    device: torch.device = torch.device("cpu")
+    probe: bool = False
+    on_step: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -18,7 +67,7 @@ class Curves:
 
     Attributes:
         losses: Raw training losses, shape (steps, T).
-        norms: Gradient norms on the shared parameters, shape (steps, T); None for a plain sum.
+        norms: Gradient norms that weights come from, shape (steps, T); None where a method has none.
         weights: Task weights, shape (steps, T); None for a plain sum.
     """
 
@@ -29,10 +78,25 @@ class Curves:
 
 @dataclass(frozen=True)
 class Run:
-    """The outcome of one method with one seed: metrics by task name, and curves if it has any."""
+    """The outcome of one method with one seed.
 
-    scores: dict[str, float]
+    Attributes:
+        scores: Metrics on the test set by task name and metric name.
+        validation: Those on the validation set.
+        curves: What happened on the way, if anything was recorded.
+        windows: Measured gradients, empty without a probe.
+        cosines: Cosines between the averaged task gradients after the last step, shape (T, T), where there are any.
+        seconds: Median time of a step, forward pass included, 0 where several networks were trained.
+        tuned: Weights that a search found, by task name.
+    """
+
+    scores: dict[str, dict[str, float]]
+    validation: dict[str, dict[str, float]]
     curves: Curves | None = None
+    windows: tuple[Window, ...] = ()
+    cosines: Tensor | None = None
+    seconds: float = 0.0
+    tuned: dict[str, float] | None = None
 
 
 @dataclass
@@ -40,97 +104,184 @@ class _Recorder:
     losses: list[Tensor] = field(default_factory=list)
     norms: list[Tensor] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+
+    def add(self, losses: Iterable[Tensor], report: StepReport, seconds: float) -> None:
+        self.losses.append(torch.stack([loss.detach() for loss in losses]))
+        self.seconds.append(seconds)
+        if report.norms is not None:
+            self.norms.append(report.norms)
+        if report.weights is not None:
+            self.weights.append(report.weights)
 
     def curves(self) -> Curves:
-        return Curves(torch.stack(self.losses), _stack(self.norms), _stack(self.weights))
+        return Curves(torch.stack(self.losses).cpu(), _stack(self.norms), _stack(self.weights))
 
 
 def _stack(rows: list[Tensor]) -> Tensor | None:
-    return torch.stack(rows) if rows else None
+    return torch.stack(rows).cpu() if rows else None
 
 
-def train(
-    problem: Problem,
-    build_step: BuildStep,
-    tasks: Iterable[Task],
-    *,
-    steps: int,
-    learning_rate: float,
-    seed: int,
-    on_step: Callable[[], None],
-) -> Run:
-    """Train a fresh network with Adam and score it once, on the test set, after the last step.
+def train(problem: Problem, build_step: BuildStep, tasks: Iterable[Task], training: Training) -> Run:
+    """Train a fresh network and score it once after the last step.
 
     Args:
         problem: The data and the architecture.
         build_step: The method.
         tasks: The tasks to train; the heads of the others stay as they were initialised.
-        steps: Number of optimizer steps, at least 1.
-        learning_rate: Adam's, constant.
-        seed: Fixes the initial weights.
-        on_step: Called after every step, for progress.
+        training: How.
     """
     tasks = tuple(tasks)
-    names = [task.name for task in tasks]
-    torch.manual_seed(seed)
-    model = problem.build_model()
-    step = build_step(torch.optim.Adam(model.parameters(), lr=learning_rate), model)
-    recorder = _Recorder()
-    for batch in islice(problem.train_batches(), steps):
-        outputs = model(batch.inputs, names)
-        losses = {task.name: task.loss(outputs[task.name], batch.targets[task.name]) for task in tasks}
-        balance = step(losses)
-        recorder.losses.append(torch.stack([losses[name].detach() for name in names]))
-        if balance is not None:
-            recorder.norms.append(balance.norms)
-            recorder.weights.append(balance.weights)
-        on_step()
-    return Run(evaluate(model, problem, tasks), recorder.curves())
+    torch.manual_seed(training.seed)
+    model = problem.build_model(training.architecture).to(training.device)
+    base_optim = OPTIMIZERS[training.optimizer](model.parameters(), lr=training.learning_rate)
+    step = build_step(base_optim, model, len(tasks))
+    recorder, probe = _Recorder(), Probe(training.steps)
+    report = StepReport()
+    for number, batch in enumerate(islice(problem.train_batches(), training.steps), start=1):
+        compute_losses = partial(_losses, model, batch.to(training.device), tasks)
+        start = _now(training.device)
+        losses = compute_losses()
+        seconds = _now(training.device) - start
+        if training.probe:
+            probe.look(number, list(losses.values()), model.norm_parameters())
+        start = _now(training.device)
+        report = step(losses, torch.no_grad()(compute_losses))
+        recorder.add(losses.values(), report, seconds + _now(training.device) - start)
+        training.on_step()
+    return Run(
+        scores=evaluate(model, problem.test, tasks, training.device),
+        validation=evaluate(model, problem.validation, tasks, training.device),
+        curves=recorder.curves(),
+        windows=tuple(probe.windows),
+        cosines=None if report.cosines is None else report.cosines().cpu(),
+        seconds=median(recorder.seconds),
+    )
+
+
+def _losses(model: MultiTaskModel, batch: Batch, tasks: tuple[Task, ...]) -> dict[str, Tensor]:
+    outputs = model(batch.inputs, [task.name for task in tasks])
+    return {task.name: task.loss(outputs[task.name], batch.targets[task.name]) for task in tasks}
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 @torch.no_grad()
-def evaluate(model: MultiTaskNet, problem: Problem, tasks: Iterable[Task]) -> dict[str, float]:
-    """Return each task's metric on the whole test set, by task name.
+def evaluate(
+    model: MultiTaskModel, batch: Batch, tasks: Iterable[Task], device: torch.device
+) -> dict[str, dict[str, float]]:
+    """Return the tasks' metrics on a whole set by task name and metric name.
 
     Raises:
         RuntimeError: A metric is not finite, so the training has diverged.
     """
     model.eval()
-    targets = problem.test.targets
+    scores: dict[str, dict[str, float]] = {}
     tasks = tuple(tasks)
-    outputs = model(problem.test.inputs, [task.name for task in tasks])
-    scores = {task.name: task.score(outputs[task.name], targets[task.name]).item() for task in tasks}
-    for name, score in scores.items():
-        if not math.isfinite(score):
-            raise RuntimeError(f"the test metric of {name!r} must be finite, got {score}: the training diverged")
+    outputs = _predict(model, batch.inputs, [task.name for task in tasks], device)
+    for task in tasks:
+        target = batch.targets[task.name].to(device)
+        scores[task.name] = {
+            metric.name: float(metric.score(outputs[task.name], target).item()) for metric in task.metrics
+        }
+        for name, score in scores[task.name].items():
+            if not math.isfinite(score):
+                raise RuntimeError(f"{name} of {task.name!r} must be finite, got {score}: the training diverged")
     return scores
 
 
-def run_method(
-    name: str,
-    problem: Problem,
-    *,
-    steps: int,
-    learning_rate: float,
-    seed: int,
-    on_step: Callable[[], None],
-) -> Run:
-    """Train by the named method: one network for all tasks, or one per task for single-task."""
+def _predict(
+    model: MultiTaskModel, inputs: Tensor | Mapping[str, Tensor], names: list[str], device: torch.device
+) -> dict[str, Tensor]:
+    """Return outputs for all rows, by parts where rows are independent: not where a mapping makes up one input."""
+    if isinstance(inputs, Tensor):
+        parts = [model(part.to(device), names) for part in inputs.split(ROWS_AT_ONCE)]
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
+    if set(names) <= set(inputs):
+        return {
+            name: torch.cat([model({name: part.to(device)}, [name])[name] for part in inputs[name].split(ROWS_AT_ONCE)])
+            for name in names
+        }
+    moved = {name: part.to(device) for name, part in inputs.items()}
+    outputs: dict[str, Tensor] = model(moved, names)
+    return outputs
 
-    def run(build_step: BuildStep, tasks: Iterable[Task]) -> Run:
-        return train(
-            problem,
-            build_step,
-            tasks,
-            steps=steps,
-            learning_rate=learning_rate,
-            seed=seed,
-            on_step=on_step,
-        )
 
-    if name != SINGLE_TASK:
-        return run(METHODS[name], problem.tasks)
-    scores: dict[str, float] = {}
+def run_method(name: str, problem: Problem, training: Training) -> Run:
+    """Train by the named method.
+
+    Args:
+        name: A name of `METHODS`; `TUNED_WEIGHTS`; `SINGLE_TASK` for one network per task, or one of
+            `single_task_name` for that task's alone.
+        problem: The data and the architecture.
+        training: How.
+    """
+    if name == SINGLE_TASK:
+        singles = [run_method(single_task_name(task), problem, training) for task in problem.tasks]
+        scores = {task: metrics for run in singles for task, metrics in run.scores.items()}
+        return Run(scores, {task: metrics for run in singles for task, metrics in run.validation.items()})
     for task in problem.tasks:
-        scores |= run(summed_loss, [task]).scores
-    return Run(scores)
+        if name == single_task_name(task):
+            return train(problem, summed_loss, [task], training)
+    if name == TUNED_WEIGHTS:
+        return _train_with_tuned_weights(problem, training)
+    return train(problem, METHODS[name], problem.tasks, training)
+
+
+def single_task_name(task: Task) -> str:
+    """Return the name of the method that trains this task alone."""
+    return f"{SINGLE_TASK}-{task.name}"
+
+
+def weight_candidates(tasks: int, seed: int) -> Tensor:
+    """Return the weights that the search tries, shape (CANDIDATES, tasks): equal ones first, each row's sum T."""
+    generator = torch.Generator().manual_seed(seed)
+    exponents = torch.rand(CANDIDATES, tasks, generator=generator)
+    exponents[0] = 0.0
+    weights = WEIGHT_RANGE**exponents
+    return tasks * weights / weights.sum(dim=1, keepdim=True)
+
+
+def _train_with_tuned_weights(problem: Problem, training: Training) -> Run:
+    """Try every candidate in a shorter training, and train with the one whose validation metrics are best.
+
+    Best is the largest Delta_p on validation data, with the best value of each metric that any candidate reached in
+    place of the single-task models. The search costs `CANDIDATES` / `CANDIDATE_SHARE` times the steps of the training
+    itself.
+    """
+    short = replace(training, steps=max(1, training.steps // CANDIDATE_SHARE), probe=False)
+    found: list[tuple[Tensor, dict[str, dict[str, float]]]] = []
+    for weights in weight_candidates(len(problem.tasks), training.seed):
+        # A candidate that diverges is not the one.
+        with suppress(RuntimeError):
+            run = train(problem, partial(fixed_weights, weights=weights), problem.tasks, short)
+            found.append((weights, run.validation))
+    if not found:
+        raise RuntimeError("none of the fixed weights that were tried gave finite metrics")
+    reference = _best_scores([scores for _, scores in found], problem.tasks)
+    best, _ = max(found, key=lambda candidate: delta_p(candidate[1], reference, problem.tasks))
+    run = train(problem, partial(fixed_weights, weights=best), problem.tasks, training)
+    names = [task.name for task in problem.tasks]
+    return replace(run, tuned=dict(zip(names, best.tolist(), strict=True)))
+
+
+def _best_scores(scores: Sequence[Scores], tasks: Iterable[Task]) -> dict[str, dict[str, float]]:
+    """Return the best value of each metric in any of the scores."""
+    return {
+        task.name: {
+            metric.name: (max if metric.higher_is_better else min)(score[task.name][metric.name] for score in scores)
+            for metric in task.metrics
+        }
+        for task in tasks
+    }
+
+
+def networks(name: str, tasks: int) -> int:
+    """Return how many trainings of full length the named method amounts to."""
+    if name == SINGLE_TASK:
+        return tasks
+    return 1 + CANDIDATES // CANDIDATE_SHARE if name == TUNED_WEIGHTS else 1

@@ -6,14 +6,17 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
+pytest.importorskip("torchjd")
 
 from benchmarks import compare, digit_domains, step_cost
 from benchmarks.digits import TASKS, load_images, overlay, two_digits
 from benchmarks.metrics import Spread, delta_p
+from benchmarks.problem import Metric, Task
 from benchmarks.trunks import TRUNKS, build
 
 
@@ -30,7 +33,8 @@ def test_compare_writes_every_method_with_its_spread(tmp_path, capsys):
     assert set(summary["methods"]) == {"stl", "ew", "log_only", "max_norm_only", "db_mtl", "db_mtl_one_backward"}
     assert summary["environment"]["torch"] == torch.__version__
     for name, method in summary["methods"].items():
-        assert set(method["tasks"]) == {"left", "right", "reconstruction"}
+        metrics = {task: list(metrics) for task, metrics in method["tasks"].items()}
+        assert metrics == {"left": ["accuracy"], "right": ["accuracy"], "reconstruction": ["MSE"]}
         if name != "stl":
             gain = method["delta_p"]
             assert gain["mean"] == pytest.approx(sum(gain["seeds"]) / 2)
@@ -55,11 +59,28 @@ def test_compare_refuses_bad_arguments(arguments, message, capsys):
 
 
 def test_delta_p_counts_gains_of_both_directions():
-    baseline = {"left": 0.5, "right": 0.8, "reconstruction": 4.0}
-    scores = {"left": 0.6, "right": 0.8, "reconstruction": 3.0}
+    baseline = {"left": {"accuracy": 0.5}, "right": {"accuracy": 0.8}, "reconstruction": {"MSE": 4.0}}
+    scores = {"left": {"accuracy": 0.6}, "right": {"accuracy": 0.8}, "reconstruction": {"MSE": 3.0}}
     assert delta_p(scores, baseline, TASKS) == pytest.approx((20 + 0 + 25) / 3)
     assert delta_p(baseline, baseline, TASKS) == 0
     assert Spread([1.0, 3.0]).std == pytest.approx(math.sqrt(2))
+
+
+def test_delta_p_averages_the_metrics_of_a_task_before_the_tasks():
+    def metric(name, higher):
+        return Metric(name, higher, F.mse_loss)
+
+    depth = Task("depth", F.l1_loss, (metric("abs", False), metric("rel", False)))
+    segmentation = Task("segmentation", F.cross_entropy, (metric("mIoU", True),))
+    scores = {"depth": {"abs": 0.5, "rel": 0.3}, "segmentation": {"mIoU": 0.6}}
+    baseline = {"depth": {"abs": 1.0, "rel": 0.2}, "segmentation": {"mIoU": 0.5}}
+    assert delta_p(scores, baseline, (depth, segmentation)) == pytest.approx(((50 - 50) / 2 + 20) / 2)
+
+
+def test_delta_p_against_a_metric_of_zero_names_it():
+    scores = {"left": {"accuracy": 0.5}}
+    with pytest.raises(ValueError, match="left, accuracy"):
+        delta_p(scores, {"left": {"accuracy": 0.0}}, TASKS[:1])
 
 
 def test_digits_are_overlaid_and_split_before_they_are_paired():
@@ -74,12 +95,13 @@ def test_digits_are_overlaid_and_split_before_they_are_paired():
     assert batch.targets["reconstruction"].max() == 16
     # The left four columns of an image show the left digit alone: no test digit's are among the training ones.
     seen = {tuple(image[0, :, :4].flatten().tolist()) for image in batch.inputs}
-    test = {tuple(image[0, :, :4].flatten().tolist()) for image in problem.test.inputs}
-    assert len(seen & test) <= 1
+    for held_out in (problem.test, problem.validation):
+        assert len(seen & {tuple(image[0, :, :4].flatten().tolist()) for image in held_out.inputs}) <= 1
 
 
 DOMAIN_COUNTS = {"mnist": 20, "usps": 12, "optdigits": 9}
 DOMAIN_TEST_ROWS = {"mnist": [4, 9, 14, 19], "usps": [8, 9, 10, 11], "optdigits": [5, 6, 7, 8]}
+DOMAIN_VALIDATION_ROWS = {"mnist": [0, 12], "usps": [0], "optdigits": [0]}
 
 
 def domain_arrays():
@@ -110,7 +132,7 @@ def test_compare_runs_on_digit_domains_with_methods_that_are_not_defaults(tmp_pa
     assert set(summary["methods"]) == {"stl", "db_mtl", "db_mtl_bfloat16_averages"}
     for method in summary["methods"].values():
         assert list(method["tasks"]) == ["mnist", "usps", "optdigits"]
-        assert all(task["mean"] == 1 and task["metric"] == "accuracy" for task in method["tasks"].values())
+        assert all(task["accuracy"]["mean"] == 1 for task in method["tasks"].values())
     assert summary["environment"]["problem"] == "three digit domains"
     assert (tmp_path / "training.png").exists()
     assert "Three digit domains" in capsys.readouterr().out
@@ -123,10 +145,12 @@ def test_digit_domains_keep_test_images_and_other_domains_out_of_a_tasks_trainin
     assert torch.equal(next(problem.train_batches()).inputs[name], batch.inputs[name])
     first = {"mnist": 0, "usps": 100, "optdigits": 200}[name]
     rows = batch.inputs[name][:, 0, 0, 0] * 255 - first
-    assert set(rows.round().int().tolist()) == set(range(DOMAIN_COUNTS[name])) - set(DOMAIN_TEST_ROWS[name])
+    held_out = {*DOMAIN_TEST_ROWS[name], *DOMAIN_VALIDATION_ROWS[name]}
+    assert set(rows.round().int().tolist()) == set(range(DOMAIN_COUNTS[name])) - held_out
     assert torch.equal(batch.targets[name], rows.round().long() % 10)
-    test_rows = problem.test.inputs[name][:, 0, 0, 0] * 255 - first
-    assert test_rows.round().int().tolist() == DOMAIN_TEST_ROWS[name]
+    for part, expected in ((problem.test, DOMAIN_TEST_ROWS), (problem.validation, DOMAIN_VALIDATION_ROWS)):
+        part_rows = part.inputs[name][:, 0, 0, 0] * 255 - first
+        assert part_rows.round().int().tolist() == expected[name]
 
 
 def test_batches_of_digit_domains_depend_on_the_seed(domain_file):
@@ -136,7 +160,7 @@ def test_batches_of_digit_domains_depend_on_the_seed(domain_file):
 
 def test_network_runs_its_trunk_on_each_named_tasks_own_inputs_alone(domain_file):
     problem = digit_domains.load(domain_file)(0, 4)
-    batch, model = next(problem.train_batches()), problem.build_model()
+    batch, model = next(problem.train_batches()), problem.build_model("hard")
     runs = []
     model.trunk.register_forward_hook(lambda module, inputs, output: runs.append(inputs[0]))
     outputs = model(batch.inputs, ["usps"])

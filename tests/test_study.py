@@ -1,0 +1,705 @@
+"""The study runs each run once, every method trains as its paper says, and the report says what the runs say."""
+
+import json
+import math
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+pytest.importorskip("sklearn")
+pytest.importorskip("rich")
+pytest.importorskip("matplotlib")
+pytest.importorskip("torchjd")
+
+from benchmarks import methods, study, study_jobs, study_pictures, training
+from benchmarks.data import DATA
+from benchmarks.methods import AGGREGATORS, METHODS, TUNED_WEIGHTS
+from benchmarks.metrics import accuracy
+from benchmarks.problem import Batch, DataSet, Metric, MultiTaskNet, Problem, Task
+from benchmarks.study_jobs import STUDIES, Choices, Job, Workplace, jobs_of, load_runs, run_all, run_job, unfinished
+from benchmarks.study_probe import Probe, summarize_window, window_starts
+from benchmarks.study_report import bootstrap_interval, compare_rows, failure_lines, rows_of
+from benchmarks.training import CANDIDATES, Training, evaluate, run_method, train
+
+# ------------------------------------------------------------------ a data set of three lines
+
+TINY_TASKS = (
+    Task("sign", F.cross_entropy, (Metric("accuracy", True, accuracy), Metric("loss", False, F.cross_entropy))),
+    Task("sum", F.mse_loss, (Metric("MSE", False, F.mse_loss),)),
+)
+
+
+def tiny_batch(rows, seed):
+    x = torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))
+    return Batch(x, {"sign": (x[:, 0] > 0).long(), "sum": 10 * x.sum(dim=1, keepdim=True)})
+
+
+def tiny_model(architecture="hard", dtype=torch.float32):
+    trunk = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Tanh())
+    return MultiTaskNet(trunk, {"sign": nn.Linear(6, 2), "sum": nn.Linear(6, 1)}).to(dtype)
+
+
+def tiny_problem(seed=0, batch_size=8):
+    def train_batches():
+        number = 100 * seed
+        while True:
+            number += 1
+            yield tiny_batch(batch_size, number)
+
+    return Problem(TINY_TASKS, tiny_model, train_batches, tiny_batch(32, 1001), tiny_batch(32, 1002))
+
+
+TINY = DataSet("tiny lines", TINY_TASKS, lambda path: tiny_problem, ("hard", "mtan"), batch_size=8, steps=3)
+
+
+@pytest.fixture(autouse=True)
+def tiny_data(monkeypatch):
+    monkeypatch.setitem(DATA, "tiny", TINY)
+    study_jobs._problem.cache_clear()
+    study_jobs.make_problem.cache_clear()
+
+
+def skip_unless_it_runs(method):
+    if methods.missing_package(method):
+        pytest.skip(methods.missing_package(method))
+
+
+# ------------------------------------------------------------------ methods
+
+
+def losses_of(model, batch):
+    outputs = model(batch.inputs, [task.name for task in TINY_TASKS])
+    return {task.name: task.loss(outputs[task.name], batch.targets[task.name]) for task in TINY_TASKS}
+
+
+def take_steps(build_step, steps, model, optimizer):
+    """Return the reports of the steps and the losses before each."""
+    step, reports, seen = build_step(optimizer, model, 2), [], []
+    for number in range(steps):
+        batch = tiny_batch(8, number)
+        batch = Batch(batch.inputs.to(next(model.parameters())), batch.targets)
+        if model.heads["sum"].weight.dtype == torch.float64:
+            batch.targets["sum"] = batch.targets["sum"].double()
+        losses = losses_of(model, batch)
+        seen.append(torch.stack(list(losses.values())).detach())
+        reports.append(step(losses, torch.no_grad()(partial(losses_of, model, batch))))
+    return reports, torch.stack(seen)
+
+
+# Nash-MTL's solver says on every run that its problem is not of the fast kind, and at times that it is not sure.
+quiet_solver = pytest.mark.filterwarnings("ignore:(You are solving|Solution may be inaccurate):UserWarning")
+
+
+@quiet_solver
+@pytest.mark.parametrize("method", METHODS)
+def test_two_steps_of_every_method_change_trunk_and_heads(method):
+    skip_unless_it_runs(method)
+    torch.manual_seed(0)
+    model = tiny_model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    reports, _ = take_steps(METHODS[method], 2, model, torch.optim.Adam(model.parameters(), lr=0.01))
+    for name, value in model.state_dict().items():
+        assert value.isfinite().all()
+        assert not torch.equal(value, before[name]), name
+    for report in reports:
+        assert report.weights is None or report.weights.shape == (2,)
+
+
+@quiet_solver
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_starts_afresh_in_every_run(method):
+    skip_unless_it_runs(method)
+    runs = [run_method(method, tiny_problem(), Training(4, 0.01, seed=1)) for _ in range(2)]
+    assert runs[0].scores == runs[1].scores
+    assert torch.equal(runs[0].curves.losses, runs[1].curves.losses)
+
+
+def test_gradnorm_is_the_papers_by_a_direct_computation():
+    torch.manual_seed(0)
+    model, reference = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64)
+    reference.load_state_dict(model.state_dict())
+    force, rate = 1.5, 0.025
+    build = partial(methods.grad_norm, restoring_force=force, learning_rate=rate)
+    reports, _ = take_steps(build, 6, model, torch.optim.SGD(model.parameters(), lr=0.001))
+
+    weights, first = torch.ones(2, dtype=torch.float64), None
+    mean, square = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    layer = [reference.trunk[2].weight, reference.trunk[2].bias]
+    for number in range(6):
+        batch = tiny_batch(8, number)
+        batch = Batch(batch.inputs.double(), batch.targets | {"sum": batch.targets["sum"].double()})
+        losses = list(losses_of(reference, batch).values())
+        torch.testing.assert_close(reports[number].weights, weights)
+        weights.requires_grad_()
+        norms = []
+        for weight, loss in zip(weights, losses, strict=True):
+            gradients = torch.autograd.grad(weight * loss, layer, create_graph=True)
+            norms.append(torch.cat([gradient.flatten() for gradient in gradients]).norm())
+        raw = torch.stack(losses).detach()
+        first = raw if first is None else first
+        speed = (raw / first) / (raw / first).mean()
+        target = (torch.stack(norms).mean() * speed**force).detach()
+        slope = torch.autograd.grad((torch.stack(norms) - target).abs().sum(), weights, retain_graph=True)[0]
+        total = sum(weight * loss for weight, loss in zip(weights.detach(), losses, strict=True))
+        for parameter, gradient in zip(
+            reference.parameters(), torch.autograd.grad(total, list(reference.parameters())), strict=True
+        ):
+            parameter.data -= 0.001 * gradient
+        # Adam, written out.
+        mean, square = 0.9 * mean + 0.1 * slope, 0.999 * square + 0.001 * slope**2
+        corrected = mean / (1 - 0.9 ** (number + 1)), square / (1 - 0.999 ** (number + 1))
+        weights = (weights.detach() - rate * corrected[0] / (corrected[1].sqrt() + 1e-8)).clamp(min=0)
+        weights = 2 * weights / weights.sum()
+    assert (reports[-1].weights - 1).abs().min() > 0.01
+    for parameter, other in zip(model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other)
+
+
+@pytest.mark.parametrize("method", ["uw", "imtl_l"])
+def test_learned_loss_scales_move_with_the_base_optimizer(method):
+    torch.manual_seed(0)
+    model = tiny_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    reports, losses = take_steps(METHODS[method], 2, model, optimizer)
+    (scales,) = optimizer.param_groups[1]["params"]
+    assert (scales != 0).all()
+    # The first step is at scale 0, whose gradient on the scale is (1 - L) / 2 for UW and L - 1 for IMTL-L.
+    first = -1e-3 * ((1 - losses[0]) / 2 if method == "uw" else losses[0] - 1)
+    weights = torch.exp(-first) / 2 if method == "uw" else torch.exp(first)
+    torch.testing.assert_close(reports[1].weights, weights)
+
+
+def test_famo_moves_its_weights_towards_the_loss_that_fell_less(monkeypatch):
+    made = []
+
+    def famo(tasks):
+        made.append(methods_famo(tasks))
+        return made[-1]
+
+    methods_famo = methods.FAMO
+    monkeypatch.setattr(methods, "FAMO", famo)
+    torch.manual_seed(0)
+    model = tiny_model()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    step = methods.fast_adaptive(optimizer, model, 2)
+    batch = tiny_batch(8, 0)
+    losses = losses_of(model, batch)
+    step(losses, torch.no_grad()(partial(losses_of, model, batch)))
+    fell = [math.log(losses[name].item() / after.item()) for name, after in losses_of(model, batch).items()]
+    logits = made[0].state_dict()["_w"]
+    assert logits.abs().min() > 0
+    assert (logits[0] > logits[1]) == (fell[0] < fell[1])
+    assert len(optimizer.param_groups) == 1
+
+
+def test_geometric_mean_weighs_losses_by_their_inverse():
+    torch.manual_seed(0)
+    model = tiny_model()
+    reports, losses = take_steps(METHODS["gls"], 1, model, torch.optim.SGD(model.parameters(), lr=1e-3))
+    torch.testing.assert_close(reports[0].weights, losses[0].prod().sqrt() / (2 * losses[0]))
+
+
+def test_dwa_weighs_by_the_speed_of_the_last_two_epochs():
+    torch.manual_seed(0)
+    model = tiny_model()
+    build = partial(methods.dynamic_weight_average, epoch=2)
+    reports, losses = take_steps(build, 5, model, torch.optim.SGD(model.parameters(), lr=1e-2))
+    assert all(torch.equal(report.weights, torch.ones(2)) for report in reports[:4])
+    speed = losses[2:4].mean(dim=0) / losses[:2].mean(dim=0)
+    torch.testing.assert_close(reports[4].weights, 2 * (speed / 2).softmax(dim=0))
+
+
+def test_stch_sums_logs_in_its_warm_up_and_then_leans_on_the_worst_loss():
+    torch.manual_seed(0)
+    model = tiny_model()
+    build = partial(methods.smooth_tchebycheff, smoothing=0.5, warm_up=2)
+    reports, losses = take_steps(build, 3, model, torch.optim.SGD(model.parameters(), lr=1e-2))
+    torch.testing.assert_close(reports[1].weights, 1 / losses[1])
+    relative = losses[2] / losses[:2].mean(dim=0)
+    torch.testing.assert_close(reports[2].weights, 2 * (relative.log() / 0.5).softmax(dim=0) / losses[2])
+
+
+def test_max_weight_of_one_is_the_averaged_log_and_its_cosines_are_kept():
+    torch.manual_seed(0)
+    model = tiny_model()
+    reports, _ = take_steps(METHODS["max_weight_1"], 3, model, torch.optim.Adam(model.parameters(), lr=0.01))
+    assert torch.equal(reports[-1].weights, torch.ones(2))
+    cosines = reports[-1].cosines()
+    assert cosines.diagonal().tolist() == pytest.approx([1, 1])
+    without, _ = take_steps(METHODS["beta_0"], 1, model, torch.optim.Adam(model.parameters()))
+    assert without[0].cosines is None
+
+
+def test_a_method_whose_package_is_missing_names_what_to_install(monkeypatch):
+    def make(tasks):
+        raise ImportError("Install it with: pip install somewhere")
+
+    monkeypatch.setitem(AGGREGATORS, "cagrad", make)
+    for method in ("cagrad", "log_cagrad"):
+        assert "pip install somewhere" in methods.missing_package(method)
+    assert methods.missing_package("ew") == methods.missing_package("pcgrad") == ""
+
+
+# ------------------------------------------------------------------ tuned weights
+
+
+def test_candidates_begin_with_equal_weights_and_sum_to_the_number_of_tasks():
+    candidates = training.weight_candidates(3, seed=4)
+    assert candidates.shape == (CANDIDATES, 3)
+    assert torch.equal(candidates[0], torch.ones(3))
+    torch.testing.assert_close(candidates.sum(dim=1), torch.full((CANDIDATES,), 3.0))
+    assert (candidates > 0).all()
+    assert len({tuple(row) for row in candidates.tolist()}) == CANDIDATES
+
+
+def test_tuned_weights_are_those_with_the_best_validation_metrics_that_did_not_diverge(monkeypatch):
+    calls = []
+    real = train
+
+    def fake(problem, build_step, tasks, settings):
+        weights = build_step.keywords["weights"]
+        calls.append((weights, settings.steps))
+        run = real(problem, build_step, tasks, settings)
+        if len(calls) == 3:
+            raise RuntimeError("it diverged")
+        # Candidate 6 is fair in both tasks; 7 is five times as good as equal weights in one, and bad in the other.
+        accuracy, error = {6: (0.3, 1.1), 7: (0.5, 9.0), 8: (0.1, 1.0)}.get(len(calls), (0.1, 2.0))
+        return training.replace(run, validation=scores(accuracy, 1.0, error))
+
+    monkeypatch.setattr(training, "train", fake)
+    run = run_method(TUNED_WEIGHTS, tiny_problem(), Training(8, 0.01, seed=0))
+    assert [steps for _, steps in calls] == [2] * CANDIDATES + [8]
+    assert torch.equal(calls[-1][0], calls[5][0])
+    assert run.tuned == pytest.approx(dict(zip(("sign", "sum"), calls[5][0].tolist(), strict=True)))
+
+
+# ------------------------------------------------------------------ gradients on the way
+
+
+def test_a_window_knows_noise_from_a_steady_gradient():
+    steady, noise = torch.tensor([[3.0, 4.0]] * 4), torch.tensor([[1.0, 0.0], [-1.0, 0.0], [0.0, 1.0], [0.0, -1.0]])
+    window = summarize_window(7, torch.stack([steady, noise, torch.zeros(4, 2)], dim=1))
+    assert window.norms.tolist() == [5.0, 1.0, 0.0]
+    assert window.coherence[:2].tolist() == pytest.approx([1.0, 0.0])
+    assert window.coherence[2].isnan()
+    assert window.cosines[0].tolist() == pytest.approx([1.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(("steps", "count", "length"), [(1, 1, 1), (7, 7, 1), (60, 10, 6), (1003, 10, 20)])
+def test_windows_do_not_overlap_and_end_with_the_training(steps, count, length):
+    starts = window_starts(steps)
+    assert list(starts.values()) == [length] * count
+    assert max(starts) + length - 1 == steps
+    assert all(later - first >= length for first, later in zip(starts, list(starts)[1:], strict=False))
+
+
+def test_measuring_gradients_changes_nothing_in_the_training():
+    plain, probed = (
+        run_method("db_mtl", tiny_problem(), Training(25, 0.01, seed=0, probe=probe)) for probe in (False, True)
+    )
+    assert plain.scores == probed.scores
+    assert plain.windows == ()
+    assert [window.step for window in probed.windows] == [2, 5, 7, 10, 12, 15, 17, 20, 22, 25]
+
+
+def test_a_window_holds_the_gradients_of_the_raw_losses():
+    torch.manual_seed(0)
+    model, probe = tiny_model(), Probe(1)
+    losses = list(losses_of(model, tiny_batch(8, 0)).values())
+    probe.look(1, losses, model.norm_parameters())
+    gradient = torch.autograd.grad(losses[1], model.norm_parameters())
+    expected = math.hypot(*(part.norm().item() for part in gradient))
+    assert probe.windows[0].norms[1].item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_set_is_scored_by_parts_as_in_one_piece(monkeypatch):
+    torch.manual_seed(0)
+    model, batch = tiny_model(), tiny_batch(10, 0)
+    own = Batch(dict.fromkeys(("sign", "sum"), batch.inputs), batch.targets)
+    whole = evaluate(model, batch, TINY_TASKS, torch.device("cpu"))
+    monkeypatch.setattr(training, "ROWS_AT_ONCE", 3)
+    for given in (batch, own):
+        scores = evaluate(model, given, TINY_TASKS, torch.device("cpu"))
+        assert {task: pytest.approx(metrics) for task, metrics in whole.items()} == scores
+
+
+# ------------------------------------------------------------------ jobs
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_jobs_of_a_study_are_its_methods_and_the_single_task_models_of_every_seed(name):
+    planned = jobs_of(STUDIES[name], Choices("tiny", seeds=2, steps=5))
+    assert len({job.file_name for job in planned}) == len(set(planned)) == len(planned)
+    for seed in (0, 1):
+        own = [job for job in planned if job.seed == seed]
+        for optimizer in STUDIES[name].optimizers:
+            rates = {"adam": (0.001,), "sgd": (0.003, 0.01, 0.03, 0.1, 0.3)}[optimizer]
+            for rate in rates:
+                some = [job for job in own if job.optimizer == optimizer and job.learning_rate == rate]
+                compared = [(job.architecture, job.method) for job in some if not study_jobs.is_single_task(job.method)]
+                singles = [(job.architecture, job.method) for job in some if study_jobs.is_single_task(job.method)]
+                assert singles == [("hard", "stl-sign"), ("hard", "stl-sum")]
+                architectures = ("hard", "mtan") if name == "fig4" else ("hard",)
+                assert compared == [(arch, method) for arch in architectures for method in STUDIES[name].methods]
+    assert {*STUDIES[name].methods} <= {*METHODS, TUNED_WEIGHTS}
+    assert "ew" in STUDIES[name].methods
+
+
+def test_any_study_runs_with_the_optimizers_that_are_asked_for(tmp_path, counted):
+    run_study(tmp_path, "fig2", "--optimizers", "sgd", "--learning-rates", "0.01", "--methods", "ew", "--seeds", "1")
+    assert counted == [("stl-sign", 0), ("stl-sum", 0), ("ew", 0)]
+    assert {run["job"]["optimizer"] for run in load_runs(tmp_path / "runs")} == {"sgd"}
+    study.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report", "--optimizers", "sgd"])
+    assert "| ew | 1 |" in (tmp_path / "fig2_sgd.md").read_text()
+
+
+def test_choices_narrow_a_study():
+    choices = Choices("tiny", 1, 5, architecture="mtan", learning_rates=(0.1, 0.2), methods=("ew", "db_mtl"))
+    compared = [job for job in jobs_of(STUDIES["table"], choices) if not study_jobs.is_single_task(job.method)]
+    expected = [("mtan", method, rate) for method in ("ew", "db_mtl") for rate in (0.1, 0.2)]
+    assert [(job.architecture, job.method, job.learning_rate) for job in compared] == expected
+
+
+# ------------------------------------------------------------------ runs and files
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """The methods and seeds that were really run."""
+    runs = []
+    real = study_jobs.run_method
+
+    def run(name, problem, settings):
+        runs.append((name, settings.seed))
+        return real(name, problem, settings)
+
+    monkeypatch.setattr(study_jobs, "run_method", run)
+    return runs
+
+
+def run_study(out, name="fig2", *arguments):
+    study.main([name, "--data", "tiny", "--out", str(out), "--processes", "1", "--seeds", "2", *arguments])
+
+
+FIG2 = [(method, seed) for seed in (0, 1) for method in ("stl-sign", "stl-sum", "ew", "imtl_l", "log_only")]
+
+
+def test_a_stopped_study_goes_on_where_it_stopped(tmp_path, counted, monkeypatch):
+    real = study_jobs.write_run
+
+    def interrupted(folder, job, record):
+        if len(counted) == 4:
+            # What is left when a process ends in the middle of writing.
+            (folder / f".{job.file_name}.123").write_text('{"job": {"met')
+            raise KeyboardInterrupt
+        real(folder, job, record)
+
+    monkeypatch.setattr(study_jobs, "write_run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run_study(tmp_path)
+    assert counted == FIG2[:4]
+    assert len(load_runs(tmp_path / "runs")) == 3
+    counted.clear()
+    monkeypatch.setattr(study_jobs, "write_run", real)
+    run_study(tmp_path)
+    assert counted == FIG2[3:]
+    counted.clear()
+    run_study(tmp_path)
+    assert counted == []
+
+
+def test_studies_share_their_runs(tmp_path, counted):
+    run_study(tmp_path)
+    counted.clear()
+    run_study(tmp_path, "ablation", "--methods", "ew", "log_only", "beta_0")
+    assert counted == [("beta_0", 0), ("beta_0", 1)]
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    job = Job("tiny", "hard", "ew", "adam", 3, 0.001, 0)
+
+    def fail(source, target):
+        raise OSError("no space")
+
+    monkeypatch.setattr(study_jobs.os, "replace", fail)
+    with pytest.raises(OSError, match="no space"):
+        study_jobs.write_run(tmp_path, job, {"job": {}})
+    assert load_runs(tmp_path) == []
+    assert unfinished([job, job], tmp_path) == [job]
+
+
+def test_a_failed_run_is_recorded_and_does_not_stop_the_others(tmp_path, counted, monkeypatch, capsys):
+    def diverge(*arguments):
+        raise RuntimeError("it diverged [at once]")
+
+    monkeypatch.setitem(METHODS, "imtl_l", diverge)
+    run_study(tmp_path)
+    assert counted == FIG2
+    failed = {(run["job"]["method"], run["job"]["seed"]) for run in load_runs(tmp_path / "runs") if "failed" in run}
+    assert failed == {("imtl_l", 0), ("imtl_l", 1)}
+    assert "it diverged [at once]" in capsys.readouterr().out
+    counted.clear()
+    run_study(tmp_path)
+    assert counted == []
+    monkeypatch.undo()
+    monkeypatch.setitem(DATA, "tiny", TINY)
+    run_study(tmp_path, "fig2", "--retry-failed")
+    assert not any("failed" in run for run in load_runs(tmp_path / "runs"))
+
+
+def test_a_diverged_training_is_a_failed_run_not_a_number(tmp_path):
+    record = run_job(Job("tiny", "hard", "ew", "sgd", 50, 1e6, 0), Workplace(None, "cpu", tmp_path))
+    assert "the training diverged" in record["failed"]
+    assert "scores" not in record
+    json.dumps(record, allow_nan=False)
+
+
+def test_methods_that_lack_a_package_are_left_out_with_a_word(tmp_path, monkeypatch, counted, capsys):
+    monkeypatch.setattr(study, "missing_package", lambda method: "get a[b]" if method == "imtl_l" else "")
+    run_study(tmp_path)
+    assert counted == [run for run in FIG2 if run[0] != "imtl_l"]
+    assert "get a[b]" in capsys.readouterr().out
+
+
+def test_the_file_of_a_run_holds_all_that_reports_need(tmp_path):
+    torch.set_num_threads(1)
+    job = Job("tiny", "hard", "db_mtl", "sgd", 450, 0.001, 3)
+    assert list(run_all([job], Workplace(None, "cpu", tmp_path), processes=1)) == [(job, "")]
+    record = json.loads((tmp_path / "tiny__hard__db_mtl__sgd__450__0.001__3.json").read_text())
+    assert record["job"] == vars(job)
+    assert record["problem"] == "tiny lines"
+    assert record["environment"]["torch"] == torch.__version__
+    for part in ("scores", "validation"):
+        assert {task: list(metrics) for task, metrics in record[part].items()} == {
+            "sign": ["accuracy", "loss"],
+            "sum": ["MSE"],
+        }
+    assert record["scores"] != record["validation"]
+    assert record["seconds_per_step"] > 0
+    curves = record["curves"]
+    assert len(curves["steps"]) == len(curves["losses"]) == len(curves["weights"]) == len(curves["norms"]) == 200
+    assert curves["steps"][-1] == 450
+    assert all(
+        largest >= max(column)
+        for largest, column in zip(curves["largest_weights"], zip(*curves["weights"], strict=True), strict=True)
+    )
+    assert [window["step"] for window in record["windows"]] == [45 * k for k in range(1, 11)]
+    cosines = record["cosines_of_averages"]
+    assert cosines[0][0] == pytest.approx(1)
+    assert cosines[0][1] == cosines[1][0]
+
+
+def test_runs_in_worker_processes_are_those_of_this_process(tmp_path):
+    job = Job("digits", "hard", "ew", "adam", 2, 0.001, 0)
+    for processes in (1, 2):
+        place = Workplace(None, "cpu", tmp_path / str(processes))
+        assert list(run_all([job], place, processes)) == [(job, "")]
+    one, other = (load_runs(tmp_path / str(processes))[0] for processes in (1, 2))
+    assert one["scores"] == other["scores"]
+    assert other["environment"]["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing"], "invalid choice: 'nothing'"),
+        (["fig2", "--methods", "ew", "gradnorm"], "fig2 has no gradnorm"),
+        (["fig2", "--architecture", "cross_stitch"], "tiny has hard, mtan"),
+        (["fig2", "--device", "cuda:99"], "'cuda:99' cannot be used"),
+        (["fig2", "--seeds", "0"], "must be a whole number of at least 1"),
+        (["fig2", "--data", "digit_domains"], "digit_domains needs a file"),
+    ],
+)
+def test_study_refuses_bad_arguments(arguments, message, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        study.parse_arguments(["--data", "tiny", "--out", str(tmp_path), *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_steps_seeds_and_folder_default_to_those_of_the_data_set():
+    options = study.parse_arguments(["fig2", "--data", "tiny"])
+    assert (options.steps, options.seeds, options.out.name) == (3, study.SEEDS, "tiny")
+    quick = study.parse_arguments(["fig2", "--data", "tiny", "--quick"])
+    assert (quick.steps, quick.seeds, quick.out.name) == (study.QUICK_STEPS, study.QUICK_SEEDS, "tiny_quick")
+
+
+# ------------------------------------------------------------------ reports
+
+RUN = {"seconds_per_step": 0.01, "seconds": 1.0, "problem": "tiny lines", "batch_size": 8}
+
+
+def handwritten(method, seed, scores, *, validation=None, optimizer="adam", rate=0.001, **fields):
+    job = Job("tiny", "hard", method, optimizer, 5, rate, seed)
+    record = RUN | {"job": vars(job), "environment": {"torch": "2", "device": "cpu"}, "scores": scores}
+    return record | {"validation": validation or scores, "windows": [], "curves": None} | fields
+
+
+def scores(accuracy, loss, error):
+    return {"sign": {"accuracy": accuracy, "loss": loss}, "sum": {"MSE": error}}
+
+
+def singles(seed, accuracy, loss, error, **options):
+    return [
+        handwritten("stl-sign", seed, {"sign": {"accuracy": accuracy, "loss": loss}}, **options),
+        handwritten("stl-sum", seed, {"sum": {"MSE": error}}, **options),
+    ]
+
+
+HANDWRITTEN = [
+    *singles(0, 0.5, 1.0, 10.0),
+    *singles(1, 0.8, 2.0, 20.0),
+    # Seed 0: ((-20 + 0) / 2 - 10) / 2 = -10. Seed 1: ((0 + 50) / 2 + 5) / 2 = 15.
+    handwritten("ew", 0, scores(0.4, 1.0, 11.0)),
+    handwritten("ew", 1, scores(0.8, 1.0, 19.0)),
+    # Seed 0: ((20 + 0) / 2 + 20) / 2 = 15. Seed 1: ((25 + 25) / 2 + 10) / 2 = 17.5.
+    handwritten("log_only", 0, scores(0.6, 1.0, 8.0), seconds_per_step=0.03),
+    handwritten("log_only", 1, scores(1.0, 1.5, 18.0), seconds_per_step=0.03),
+]
+FAILED = {key: value for key, value in handwritten("imtl_l", 1, {}).items() if key not in ("scores", "validation")}
+FAILED["failed"] = "RuntimeError: it diverged"
+WITH_FAILURE = [*HANDWRITTEN, handwritten("imtl_l", 0, scores(0.5, 1.0, 10.0)), FAILED]
+
+
+def test_delta_p_is_taken_from_the_single_task_models_of_the_same_seed():
+    rows = rows_of(STUDIES["fig2"], ["hard"], HANDWRITTEN, TINY_TASKS)
+    assert [row.method for row in rows] == ["ew", "log_only"]
+    assert rows[0].delta_p == pytest.approx({0: -10.0, 1: 15.0})
+    assert rows[1].delta_p == pytest.approx({0: 15.0, 1: 17.5})
+
+
+def test_methods_are_set_beside_equal_weighting_seed_by_seed():
+    ew, log_only = compare_rows(rows_of(STUDIES["fig2"], ["hard"], HANDWRITTEN, TINY_TASKS), TINY_TASKS)
+    assert (ew.difference, ew.interval, ew.relative_time) == (None, None, 1.0)
+    assert log_only.difference == pytest.approx((25 + 2.5) / 2)
+    assert log_only.interval == pytest.approx((2.5, 25.0))
+    assert log_only.relative_time == pytest.approx(3.0)
+    # Losses of sign: a tie with seed 0, worse with seed 1; all else is better.
+    assert log_only.rank == pytest.approx((((1 + 1.5) / 2 + 1) / 2 + ((1 + 2) / 2 + 1) / 2) / 2)
+    assert log_only.rank + ew.rank == pytest.approx(3)
+
+
+def test_bootstrap_interval_of_many_seeds_is_near_the_normal_one():
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
+    low, high = bootstrap_interval(values)
+    mean = sum(values) / 400
+    assert (high - low) / 2 == pytest.approx(1.96 / 20, rel=0.1)
+    assert low < mean < high
+
+
+def test_a_failed_run_ranks_last_and_is_named():
+    rows = rows_of(STUDIES["fig2"], ["hard"], WITH_FAILURE, TINY_TASKS)
+    assert [row.method for row in rows] == ["ew", "imtl_l", "log_only"]
+    assert rows[1].delta_p == pytest.approx({0: 0.0})
+    ranks = {c.row.method: c.rank for c in compare_rows(rows, TINY_TASKS)}
+    # Seed 0: accuracy 2, loss a tie of three, error 2. Seed 1: last of three in everything.
+    assert ranks["imtl_l"] == pytest.approx(((2 + 2) / 2 + 2) / 4 + 3 / 2)
+    lines = failure_lines(STUDIES["fig2"], ["hard"], WITH_FAILURE)
+    assert lines == ["- imtl_l, hard, adam, learning rate 0.001, seed 1: RuntimeError: it diverged"]
+
+
+def test_the_learning_rate_is_chosen_on_validation_data_and_judged_on_test_data():
+    good, bad = scores(0.9, 0.5, 5.0), scores(0.2, 3.0, 30.0)
+    records = [
+        *singles(0, 0.5, 1.0, 10.0, optimizer="sgd", rate=0.1),
+        # Worse on validation data, so never taken, though better on test data.
+        *[
+            record | {"validation": worse["scores"]}
+            for record, worse in zip(
+                singles(0, 0.6, 0.5, 5.0, optimizer="sgd", rate=0.2), singles(0, 0.4, 2.0, 20.0), strict=True
+            )
+        ],
+        handwritten("ew", 0, bad, validation=good, optimizer="sgd", rate=0.1),
+        handwritten("ew", 0, good, validation=bad, optimizer="sgd", rate=0.2),
+    ]
+    (row,) = rows_of(STUDIES["sgd"], ["hard"], records, TINY_TASKS)
+    assert row.learning_rate == 0.1
+    assert row.delta_p == pytest.approx({0: ((-60 - 200) / 2 - 200) / 2})
+
+
+def test_a_learning_rate_with_failures_comes_after_one_without():
+    diverged = handwritten("ew", 1, {}, optimizer="sgd", rate=0.2) | {"failed": "RuntimeError: it diverged"}
+    records = [
+        *singles(0, 0.5, 1.0, 10.0, optimizer="sgd", rate=0.1),
+        handwritten("ew", 0, scores(0.3, 1.0, 10.0), optimizer="sgd", rate=0.1),
+        handwritten("ew", 0, scores(0.9, 0.5, 5.0), optimizer="sgd", rate=0.2),
+        diverged,
+    ]
+    (row,) = rows_of(STUDIES["sgd"], ["hard"], records, TINY_TASKS)
+    assert row.learning_rate == 0.1
+
+
+def test_a_row_without_single_task_models_has_no_delta_p():
+    (row,) = rows_of(STUDIES["fig2"], ["hard"], HANDWRITTEN[4:5], TINY_TASKS)
+    assert row.delta_p == {}
+    assert row.mean_delta_p is None
+    (zero,) = rows_of(STUDIES["fig2"], ["hard"], [*singles(0, 0.0, 1.0, 1.0), HANDWRITTEN[4]], TINY_TASKS)
+    assert zero.delta_p == {}
+
+
+def write(folder, records):
+    for record in records:
+        study_jobs.write_run(folder / "runs", Job(**record["job"]), record)
+
+
+def test_the_report_shows_the_numbers_and_the_failures(tmp_path):
+    write(tmp_path, WITH_FAILURE)
+    study.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report"])
+    text = (tmp_path / "fig2.md").read_text()
+    rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in text.splitlines() if " | " in line}
+    assert rows["method"][6:] == ["time / ew", "sign accuracy ↑", "sign loss ↓", "sum MSE ↓ |"]
+    assert rows["ew"][1:4] == ["2", "+2.50 ± 17.68", "–"]
+    assert rows["log_only"][1:3] == ["2", "**+16.25 ± 1.77**"]
+    assert rows["log_only"][3] == "+13.75 [+2.50, +25.00]"
+    assert rows["log_only"][5:8] == ["30", "3.00", "0.8 ± 0.28"]
+    assert rows["imtl_l"][1:3] == ["1 (1 failed)", "+0.00"]
+    assert rows["stl"][7] == "0.65 ± 0.21"
+    assert "seed 1: RuntimeError: it diverged" in text
+    assert "(fig2.png)" in text
+    assert (tmp_path / "fig2.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_report_takes_the_longest_runs_unless_told_otherwise(tmp_path):
+    short = [record | {"job": record["job"] | {"steps": 2}} for record in HANDWRITTEN[:5]]
+    write(tmp_path, [*HANDWRITTEN, *short])
+    study.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report"])
+    assert "5 steps" in (tmp_path / "fig2.md").read_text()
+    study.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report", "--steps", "2"])
+    text = (tmp_path / "fig2.md").read_text()
+    assert "2 steps" in text
+    assert "log_only" not in text
+
+
+def test_a_report_without_runs_says_so(tmp_path, capsys):
+    study.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report"])
+    assert "there are no runs" in capsys.readouterr().out
+    assert not (tmp_path / "fig2.md").exists()
+
+
+@pytest.fixture(scope="module")
+def folder_of_all_runs(tmp_path_factory):
+    """All studies on the tiny data set, with one of the gradient methods."""
+    folder = tmp_path_factory.mktemp("all")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(DATA, "tiny", TINY)
+        planned = [job for chosen in STUDIES.values() for job in jobs_of(chosen, Choices("tiny", seeds=1, steps=4))]
+        slow = {prefix + name for name in AGGREGATORS if name != "pcgrad" for prefix in ("", "log_")}
+        runs = [job for job in planned if job.method not in slow]
+        results = list(run_all(unfinished(runs, folder), Workplace(None, "cpu", folder / "runs"), processes=1))
+    assert len(results) == len(set(runs))
+    return folder
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_a_report_and_a_picture(name, folder_of_all_runs):
+    study.main([name, "--data", "tiny", "--out", str(folder_of_all_runs), "--report"])
+    text = (folder_of_all_runs / f"{name}.md").read_text()
+    assert text.startswith(f"# {STUDIES[name].title}\n")
+    methods_shown = {line.split(" | ")[0] for line in text.splitlines()}
+    assert {"| stl", "| ew"} <= methods_shown
+    assert (folder_of_all_runs / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    quantity = study.WINDOWS_OF.get(name)
+    assert (" → " in text) == (quantity is not None)
+    assert name in study_pictures.PICTURES or "Cosine between" not in text
