@@ -360,7 +360,7 @@ class Batch:
     def _pass(self, task: int, inputs: list[Tensor] | None, retain_graph: bool) -> list[Tensor | None]:
         """One task's gradients on all parameters; those on large shared ones may be in the store already."""
         store, beta = self.store, self._progress.beta_of(task)
-        early = store.large if self._ranks.owns_gradients and not self._ranks.reduces_in_passes else []
+        early = store.large if self._ranks.fills_grad else []
 
         def average(index: int, gradient: Tensor) -> None:
             store.propose_early(early[index], unscaled(gradient, self._scale), task, beta)
@@ -642,9 +642,19 @@ class Batch:
             if gradient is None:
                 whole = torch.zeros_like(parameter)
             else:
-                whole = self._ranks.wrap(gradient.to(parameter.dtype), parameter)
+                whole = self._ranks.wrap(_laid_out_like(parameter, gradient.to(parameter.dtype)), parameter)
             after[position] = add_gradients(before[position], whole)
         put_gradients(self.parameters, after)
+
+
+def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
+    """The gradient with the strides that a backward pass would give it; fused optimizers count on them."""
+    if gradient.layout is not torch.strided or gradient.shape != parameter.shape:
+        return gradient
+    if gradient.stride() == parameter.stride():
+        return gradient
+    like = torch.empty_like(parameter, requires_grad=False)
+    return gradient if gradient.stride() == like.stride() else like.copy_(gradient)
 
 
 def accumulate(

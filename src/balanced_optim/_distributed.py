@@ -65,6 +65,7 @@ class Alone:
         averaging: by what the framework divides the sum of the ranks' gradients.
         keeps_whole: whether every average is here as a whole.
         owns_gradients: whether task gradients come in memory that averages may be made in.
+        fills_grad: whether a pass puts gradients into `.grad`, where hooks find them early.
         reduces_in_passes: whether gradients are added up over the ranks inside each backward pass, which then cannot
             stop at some of the parameters.
         hint: what else may be wrong where a task reaches nothing.
@@ -77,6 +78,7 @@ class Alone:
     averaging: int = 1
     keeps_whole = True
     owns_gradients = True
+    fills_grad = True
     reduces_in_passes = False
     hint = ""
     shares: list[float] | None = None
@@ -89,6 +91,9 @@ class Alone:
         """Leaves of the graph that are not in the optimizer and get a `.grad` from every pass."""
         known = {id(parameter) for parameter in parameters}
         return [leaf for leaf in leaves(losses) if id(leaf) not in known]
+
+    def warn_of_outside(self, losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        """Say once which parameters get no gradient because they are not in the optimizer: none does here."""
 
     def take_pass(
         self,
@@ -153,9 +158,40 @@ class Alone:
         """Leave the framework as it was before the passes."""
 
 
+class GroupOfOne(Alone):
+    """A group of one rank: as alone, but DistributedDataParallel may be there and must see no `.grad`."""
+
+    fills_grad = False
+    _looked_outside = False
+
+    def warn_of_outside(self, losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        """Those outside get none from `torch.autograd.grad`."""
+        if not self._looked_outside:
+            self._looked_outside = True
+            _warn_of_outside(losses, parameters)
+
+    def outside(self, losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:  # noqa: ARG002
+        """None: no pass touches a `.grad`."""
+        return []
+
+    def take_pass(
+        self,
+        losses: Sequence[Tensor],
+        cotangents: Sequence[Tensor],
+        names: Sequence[str],
+        parameters: Sequence[Tensor],
+        *,
+        retain_graph: bool,
+        inputs: Sequence[Tensor] | None = None,
+    ) -> Gradients:
+        """By `torch.autograd.grad`, as with more ranks."""
+        return take_grad(losses, cotangents, names, parameters, retain_graph=retain_graph, inputs=inputs)
+
+
 class Ranks(Alone):
     """What replicated and sharded parameters have in common: the meetings."""
 
+    fills_grad = False
     hint = (
         "; with FSDP2, which replaces parameters, build the base optimizer and this one after fully_shard, and leave "
         "set_requires_gradient_sync alone: accumulate() takes its place"
@@ -253,7 +289,7 @@ class Ranks(Alone):
         if failure is not None:
             raise failure
         rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
-        raise RuntimeError(f"no rank takes this batch, since rank {rank} cannot: {text}")
+        raise RuntimeError(f"no rank goes on, since rank {rank} cannot: {text}")
 
     def agree(self, norm: Scalar, size: Scalar) -> tuple[Scalar, Flag]:
         """One message of 16 bytes: numbers on a CPU, tensors that the host has not waited for elsewhere."""
@@ -301,6 +337,7 @@ class Replicas(Ranks):
 
     holds_failures = True
     owns_gradients = False
+    _looked_outside = False
 
     def __init__(self, group: dist.ProcessGroup, averaged: Sequence[Tensor], sharded: bool) -> None:
         super().__init__(group, averaged[0].device)
@@ -311,7 +348,12 @@ class Replicas(Ranks):
             (members, Message([averaged[member] for member in members], self.size if sharded else 1, group, buffers=2))
             for members in _alike(averaged)
         ]
-        self._looked_outside = False
+
+    def warn_of_outside(self, losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> None:
+        """Those outside get none from `torch.autograd.grad`."""
+        if not self._looked_outside:
+            self._looked_outside = True
+            _warn_of_outside(losses, parameters)
 
     def parts(self, averaged: Sequence[Tensor]) -> list[Tensor]:
         """All of each parameter, or this rank's rows of it."""
@@ -329,10 +371,7 @@ class Replicas(Ranks):
         retain_graph: bool,
         inputs: Sequence[Tensor] | None = None,
     ) -> Gradients:
-        """By `torch.autograd.grad`; parameters outside the optimizer get no gradient, which is said once."""
-        if not self._looked_outside:
-            self._looked_outside = True
-            _warn_of_outside(losses, parameters)
+        """By `torch.autograd.grad`."""
         return take_grad(losses, cotangents, names, parameters, retain_graph=retain_graph, inputs=inputs)
 
     def send(self, gradients: Gradients) -> Callable[[], Gradients]:
@@ -399,7 +438,7 @@ class Replicas(Ranks):
 
         mesh = DeviceMesh.from_group(self._group, self._device.type)
         entry: Tensor = DTensor.from_local(
-            average, mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
+            _on_its_own(average), mesh, [Shard(0)], run_check=False, shape=parameter.shape, stride=parameter.stride()
         )
         return entry
 
@@ -411,10 +450,20 @@ class Replicas(Ranks):
         """
         if not self._sharded:
             return super().own(averages)
-        cut = [[self._own_part(row, index) for row in rows] for index, rows in enumerate(averages)]
-        if any(_is_dtensor(row) for rows in averages for row in rows):
-            self._check_parts_differ([row for rows in cut for row in rows if row.dim()])
+        if not any(_is_dtensor(row) for rows in averages for row in rows):
+            return self._cut(averages)
+        cut, failure = [], None
+        try:
+            cut = self._cut(averages)
+        except ValueError as error:
+            failure = error
+        # No rank goes on alone to the next message.
+        self.close(failure, [])
+        self._check_parts_differ([row for rows in cut for row in rows if row.dim()])
         return cut
+
+    def _cut(self, averages: Sequence[Sequence[Tensor]]) -> list[list[Tensor]]:
+        return [[self._own_part(row, index) for row in rows] for index, rows in enumerate(averages)]
 
     def _own_part(self, row: Tensor, index: int) -> Tensor:
         parameter = self._averaged[index]
@@ -588,7 +637,7 @@ class Processes:
                 )
             return Shards(group, parameters, averaged, None if self._trunk is None else self._trunk())
         if dist.get_world_size(group) == 1:
-            return Alone()
+            return GroupOfOne()
         return Replicas(group, averaged, self._sharded)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Processes:
@@ -646,7 +695,7 @@ def check_framework(parameters: Sequence[Tensor], grouped: bool) -> None:
                 "parameters must not be sharded by FullyShardedDataParallel (FSDP1), which reduces one backward pass a "
                 "step only; use FSDP2: torch.distributed.fsdp.fully_shard, and process_group"
             )
-        if not grouped and dist.get_world_size(owner.process_group) > 1:
+        if not grouped:
             raise ValueError(
                 "process_group is needed with DistributedDataParallel, whose own reduction serves one backward pass a "
                 "step: got None, which would train each rank on gradients of its own; pass "
@@ -729,12 +778,17 @@ def _whole(entry: Tensor) -> Tensor:
     return _dtensor(entry).full_tensor() if _is_dtensor(entry) else entry
 
 
+def _on_its_own(part: Tensor) -> Tensor:
+    """The tensor, copied if it is a piece of a larger one: a DTensor around such a piece cannot be copied or saved."""
+    return part if part.untyped_storage().nbytes() == part.numel() * part.itemsize else part.clone()
+
+
 def _distributed_like(local: Tensor, parameter: Tensor) -> Tensor:
     from torch.distributed.tensor import DTensor
 
     like = _dtensor(parameter)
     result: Tensor = DTensor.from_local(
-        local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        _on_its_own(local), like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
     )
     return result
 

@@ -254,6 +254,8 @@ class FlatGradientBuffer:
             for index in members:
                 places.append(_place(parameters[index], end))
                 end += math.ceil(places[-1].size / _ALIGNMENT) * _ALIGNMENT
+            # Rows of no length would lie at odd places, where there can be no complex numbers.
+            end = max(end, _ALIGNMENT)
             self._segments.append(_Run(members, places, torch.zeros(tasks + 1, end, device=device, dtype=row)))
             self._shares.append(share)
         self._singles = {s.members[0]: s for s in self._segments if isinstance(s, _Single)}

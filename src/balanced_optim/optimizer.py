@@ -266,6 +266,7 @@ class DualBalancedOptimizer(Optimizer):
         except BaseException:
             ranks.reset()
             raise
+        ranks.warn_of_outside(batch.given, self._parameters())
         work = Batch(self._plan, self._progress, ranks, self._parameters(), batch, counted, scale, totals)
         before = take_gradients(work.parameters)
         try:
@@ -344,7 +345,8 @@ class DualBalancedOptimizer(Optimizer):
             "the aggregator": repr(type(plan.aggregator)),
             "the schedule": (progress.beta, progress.beta_decay),
             "the counts of batches": (progress.counts, progress.ages),
-            "the shapes of the parameters": [tuple(parameter.shape) for parameter in self._parameters()],
+            "the parameters": [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in self._parameters()],
+            "shard_averages": ranks.keeps_whole,
         }
         try:
             batch, counted, scale = self._read(ranks, losses, scaler, samples)
