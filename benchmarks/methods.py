@@ -293,6 +293,7 @@ METHODS: dict[str, BuildStep] = {
     "db_mtl": dual_balanced,
     "db_mtl_one_backward": one_backward,
     "db_mtl_bfloat16_averages": partial(dual_balanced, ema_dtype=torch.bfloat16),
+    "fade_solved": partial(dual_balanced, fade_solved=True),
     "beta_0": partial(dual_balanced, beta=0.0),
     **{f"beta_{beta}": partial(dual_balanced, beta=beta, beta_decay=0.0) for beta in BETAS},
     **{f"beta_{beta}_decay": partial(dual_balanced, beta=beta) for beta in BETAS if beta != 0.9},

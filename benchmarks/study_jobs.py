@@ -51,7 +51,7 @@ class Study:
 
 LOSS_METHODS = ("ew", TUNED_WEIGHTS, "uw", "dwa", "gls", "imtl_l", "famo", "stch", "gradnorm")
 DB_MTL = ("log_only", "max_norm_only", "db_mtl", "beta_0", "db_mtl_one_backward")
-CONTINUUM = ("log_only", *(f"max_weight_{weight:g}" for weight in MAX_WEIGHTS), "db_mtl")
+CONTINUUM = ("log_only", *(f"max_weight_{weight:g}" for weight in MAX_WEIGHTS), "db_mtl", "fade_solved")
 
 STUDIES: dict[str, Study] = {
     "fig1": Study(
@@ -82,7 +82,7 @@ STUDIES: dict[str, Study] = {
             "db_mtl_one_backward",
         ),
     ),
-    "table": Study("All methods (Tables 1 to 4)", (*LOSS_METHODS, *AGGREGATORS, *DB_MTL)),
+    "table": Study("All methods (Tables 1 to 4)", (*LOSS_METHODS, *AGGREGATORS, *DB_MTL, "fade_solved")),
     "stability": Study("Losses, gradient norms and weights in training (Figs. 8 and 9)", ("ew", *DB_MTL)),
     "conflict": Study("Cosines between task gradients (Fig. 10)", ("ew", *DB_MTL)),
     "pareto": Study("Quality against time", (*LOSS_METHODS, *AGGREGATORS, *map("log_{}".format, AGGREGATORS), *DB_MTL)),

@@ -19,12 +19,13 @@ def common_length(norms, norm_target):
     return ordered[-1] if norm_target == "max" else ordered[0]
 
 
-def weights_of(norms, norm_target="max", max_weight=None, priorities=None):
+def weights_of(norms, norm_target="max", max_weight=None, priorities=None, unsolved=None):
     """Dictionary task -> w_t for a dictionary task -> ||ema_t|| of the tasks in the batch."""
     weights = dict.fromkeys(norms, 0.0)
     counting = {task: norm for task, norm in norms.items() if norm > 0}
     for task, norm in counting.items():
         weight = 1.0 if norm_target is None else common_length(counting.values(), norm_target) / norm
+        weight *= 1.0 if unsolved is None else max(0.0, unsolved[task])
         if max_weight is not None:
             weight = min(weight, max_weight)
         weights[task] = weight * (1.0 if priorities is None else priorities[task])
@@ -70,12 +71,14 @@ class Reference:
         norm_target="max",
         max_weight=None,
         task_weights=None,
+        fade_solved=False,
     ):
         self.base = base
         self.shared = [parameter for parameter in shared if parameter.requires_grad]
         self.beta, self.beta_decay = beta, beta_decay
         self.eps, self.log_transform = eps, log_transform
         self.rule = (norm_target, max_weight, task_weights)
+        self.fade_solved = fade_solved
         self.ema, self.count, self.reached = {}, {}, set()
         self.norms, self.weights = {}, {}
 
@@ -102,7 +105,8 @@ class Reference:
             beta_k = self.beta / k**self.beta_decay
             self.ema[task] = beta_k * self.ema.get(task, np.zeros_like(g)) + (1 - beta_k) * g
             self.norms[task] = float(np.linalg.norm(self.ema[task]))
-        self.weights = weights_of(self.norms, *self.rule)
+        unsolved = {task: (loss / (loss + self.eps)).item() for task, loss in present.items()}
+        self.weights = weights_of(self.norms, *self.rule, unsolved if self.fade_solved else None)
         if not present:
             return
         combined = sum(self.weights[task] * self.ema[task] for task in present)

@@ -419,6 +419,8 @@ OPTIONS = {
     "capped weights at beta 0": {"max_weight": 1.5, "beta": 0.0},
     "no log": {"log_transform": False},
     "large eps": {"eps": 0.5},
+    "solved tasks fade": {"eps": 0.5, "fade_solved": True},
+    "solved tasks fade at beta 0": {"eps": 0.5, "fade_solved": True, "beta": 0.0},
     "mean of norms": {"norm_target": "mean"},
     "median of norms": {"norm_target": "median"},
     "least norm": {"norm_target": "min"},

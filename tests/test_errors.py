@@ -41,6 +41,7 @@ NUMBERS = {
     "eps": (r"a number > 0", [0, 0.0, -1e-8, math.nan, math.inf, True, "1e-8", None]),
     "max_weight": (r"None or a number > 0 \(1 keeps the log only", [0, -1.0, math.nan, math.inf, True, "10"]),
     "log_transform": (r"True or False", [1, 0.0, "yes", None]),
+    "fade_solved": (r"True or False", [1, 0.0, "yes", None]),
     "norm_target": (r"one of \('max', 'mean', 'median', 'min', None\)", ["MAX", "sum", 1, True]),
     "ema_dtype": (
         r"None, torch.float64, torch.float32, torch.bfloat16 or torch.float16",
@@ -212,6 +213,15 @@ BAD_CONSTRUCTIONS = [
     ),
     pytest.param(option(process=1), TypeError, r"process", id="unknown-argument"),
     pytest.param(lambda net: ((adam(net), net.trunk, 0.9), {}), TypeError, r"positional", id="beta-by-position"),
+]
+BAD_CONSTRUCTIONS += [
+    pytest.param(
+        option(fade_solved=True, **other),
+        ValueError,
+        rf"^fade_solved needs a norm_target and log_transform=True, got .*{shown}.*leave it out",
+        id=f"fade_solved, {other}",
+    )
+    for other, shown in (({"norm_target": None}, "norm_target=None"), ({"log_transform": False}, "log_transform=False"))
 ]
 
 

@@ -227,6 +227,7 @@ OPTIONS = {
     "constant beta": {"beta": 0.5, "beta_decay": 0.0},
     "max_weight": {"max_weight": 1.5},
     "max_weight, beta-0": {"max_weight": 1.5, "beta": 0.0},
+    "fade_solved": {"fade_solved": True, "eps": 0.5},
     "no log, mean": {"log_transform": False, "norm_target": "mean"},
     "task_weights": {"task_weights": [1.0, 0.0, 3.0]},
     "bfloat16": {"ema_dtype": torch.bfloat16},

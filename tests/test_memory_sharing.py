@@ -98,3 +98,62 @@ def test_a_shared_parameter_that_is_frozen_in_mid_training_stays_where_it_is(bas
         optimizer.zero_grad()
         optimizer.step(net.losses(step + 1.0))
     assert_same(net.position.data, frozen)
+
+
+# ------------------------------------------------- memory that comes back
+
+
+HOLDERS = {
+    "nothing": lambda p: None,
+    "the gradient": lambda p: p.grad,
+    "a view": lambda p: p.grad.view(-1)[1:],
+    "a detached alias": lambda p: p.grad.detach(),
+    "an array": lambda p: p.grad.numpy(),
+}
+
+
+@pytest.mark.parametrize("holder", HOLDERS)
+@pytest.mark.parametrize("form", [{}, {"beta": 0.0}, {"max_weight": 2.0, "beta": 0.0}], ids=str)
+@pytest.mark.parametrize("size", SIZES)
+def test_a_combined_gradient_that_someone_keeps_is_not_written_to(size, form, holder):
+    """The memory of the last combined gradient serves again, but only once nobody uses it."""
+    net = Net(SIZES[size], True, False)
+    optimizer = DualBalancedOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), net.trunk, **form)
+    kept = []
+    for step in range(4):
+        optimizer.zero_grad()
+        optimizer.step(net.losses(step + 1.0))
+        kept += [(HOLDERS[holder](p), p.grad.clone()) for p in net.trunk]
+        for value, copy in kept if holder != "nothing" else ():
+            assert torch.equal(torch.as_tensor(value).reshape(-1), copy.reshape(-1)[-torch.as_tensor(value).numel() :])
+
+
+@pytest.mark.parametrize("form", [{}, {"beta": 0.0}], ids=str)
+def test_the_combined_gradient_takes_no_fresh_memory(form):
+    """It takes turns with the rows of two tasks, although something else takes all memory that was freed."""
+    net = Net(SIZES["large"], True, False)
+    optimizer = DualBalancedOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), net.trunk, **form)
+    places, others = set(), []
+    for step in range(8):
+        optimizer.zero_grad()
+        others += [torch.empty_like(net.position) for _ in range(3)]
+        optimizer.step(net.losses(step + 1.0))
+        places.add(net.position.grad.data_ptr())
+    assert len(places) <= (3 if "beta" not in form else 1)
+
+
+@pytest.mark.parametrize("form", [{}, {"beta": 0.0}], ids=str)
+def test_gradients_that_stay_are_added_to(form):
+    """Without zero_grad `.grad` holds the old gradient and the new one, as after two `.backward()`."""
+    grads = []
+    for clear in (True, False):
+        net = Net(SIZES["large"], True, False)
+        optimizer = DualBalancedOptimizer(torch.optim.SGD(net.parameters(), lr=0.0), net.trunk, **form)
+        total = 0.0
+        for step in range(3):
+            if clear:
+                optimizer.zero_grad()
+            optimizer.backward(net.losses(step + 1.0))
+            total = total + net.position.grad if clear else net.position.grad
+        grads.append(total)
+    torch.testing.assert_close(*grads)

@@ -94,6 +94,7 @@ def _settings():
             "log_transform": bool(rng.random() < 0.7),
             "eps": [1e-8, 1e-2][rng.integers(2)],
         }
+        method["fade_solved"] = method["log_transform"] and norm_target is not None and bool(rng.random() < 0.5)
         yield method, next(bases), next(forms)
 
 
@@ -556,6 +557,36 @@ def test_a_solved_task_is_blown_up_and_max_weight_caps_it(dtype):
     assert weights().weights.tolist() == pytest.approx([1e5, 1], rel=1e-3)
     assert weights(max_weight=10).weights.tolist() == [10, 1]
     assert weights(eps=1e-2).norms[0].item() == pytest.approx(1e-11, rel=1e-3)
+
+
+@pytest.mark.parametrize("keywords", [{}, {"beta": 0.0}, {"beta": 0.0, "max_weight": 4.0}, {"norm_params": True}])
+def test_a_solved_task_fades(keywords):
+    """Losses 1, 1e-8 and 0 at eps = 1e-8: all, half and nothing of alpha, whatever the gradients."""
+    parameter = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    if "norm_params" in keywords:
+        keywords = {"norm_params": [parameter], "beta": 0.0}
+    optimizer = DualBalancedOptimizer(SGD([parameter], lr=1.0), [parameter], fade_solved=True, **keywords)
+    slopes = torch.tensor([1.0, 1e-8, 0.25e-8], dtype=torch.float64)
+    values = torch.tensor([1.0, 1e-8, 0.0], dtype=torch.float64)
+    optimizer.backward(list(parameter * slopes + values))
+    balance = optimizer.last_balance
+    alpha = balance.norms.max()
+    torch.testing.assert_close(balance.norms * balance.weights, alpha * torch.tensor([1, 0.5, 0]).double())
+    torch.testing.assert_close(parameter.grad, balance.weights * balance.norms)
+
+
+def test_fading_changes_nothing_far_above_eps():
+    plain, faded = (run_of_steps({"eps": 1e-30, "fade_solved": fade_solved}) for fade_solved in (False, True))
+    assert all(torch.equal(a, b) for a, b in zip(plain, faded, strict=True))
+
+
+def run_of_steps(options, steps=5):
+    model = cases.build("partly shared")
+    optimizer = DualBalancedOptimizer(model.optimizer(SGD, lr=1e-2), model.trunk, **options)
+    for step in range(steps):
+        optimizer.zero_grad()
+        optimizer.step(model.losses(step, []))
+    return list(model.parameters())
 
 
 @pytest.mark.parametrize("norm_target", NORM_TARGETS[:4])

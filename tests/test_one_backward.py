@@ -40,7 +40,9 @@ class Oracle:
         max_weight=None,
         task_weights=None,
         refresh_every=1,
+        fade_solved=False,
     ):
+        self.fade_solved = fade_solved
         self.shared, self.subset, self.others = list(shared), list(subset), list(others)
         self.beta, self.beta_decay, self.eps, self.log = beta, beta_decay, eps, log_transform
         self.target, self.cap, self.priorities, self.every = norm_target, max_weight, task_weights, refresh_every
@@ -60,6 +62,7 @@ class Oracle:
                 self.measure(task, found[len(self.others) :])
         self.age = {task: age + 1 for task, age in self.age.items()} | ({t: 1 for t in present} if measured else {})
         self.norms = {task: self.stored[task] for task in present}
+        self.losses = {task: loss.item() for task, loss in present.items()}
         self.weights = {task: self.weight(task) for task in present}
         if values:
             joint = sum(self.weights[task] * value for task, value in values.items())
@@ -79,6 +82,8 @@ class Oracle:
     def weight(self, task):
         rule = {"max": max, "min": min, "mean": np.mean, "median": np.median, None: lambda norms: self.norms[task]}
         weight = float(rule[self.target](list(self.norms.values()))) / self.norms[task]
+        if self.fade_solved:
+            weight *= self.losses[task] / (self.losses[task] + self.eps)
         weight = weight if self.cap is None else min(weight, self.cap)
         return weight if self.priorities is None else weight * self.priorities[task]
 
@@ -243,6 +248,7 @@ SETTINGS = [
     {"log_transform": False},
     {"log_transform": False, "norm_target": None, "beta": 0.0},
     {"eps": 0.1, "beta_decay": 1.0},
+    {"eps": 0.1, "fade_solved": True},
 ]
 SUBSETS = {
     "last layer": lambda net: list(net.upper.parameters()),

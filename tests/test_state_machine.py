@@ -144,7 +144,10 @@ class Model:
             taken.append(task)
         averages = {task: (self.ema | proposed)[task] for task in taken}
         norms = {task: math.sqrt(sum(float(g.square().sum()) for g in averages[task].values())) for task in taken}
-        weights = weights_of(norms, o["norm_target"], o["max_weight"], o["priorities"])
+        unsolved = (
+            {task: self.mean[task] / (self.mean[task] + o["eps"]) for task in taken} if o["fade_solved"] else None
+        )
+        weights = weights_of(norms, o["norm_target"], o["max_weight"], o["priorities"], unsolved)
         for task, weight in weights.items():
             combined += of_mean_loss(task, SHARED, weight) if o["joint"] else averages[task] * weight
         if strict and not Gradients(own | combined).finite():  # one pass serves all tasks
@@ -196,6 +199,7 @@ faults = st.lists(one_of(*FAULTS), min_size=4, max_size=4)
 METHOD = {"beta": one_of(0.0, 0.5, 0.9), "beta_decay": one_of(0.0, 0.5), "eps": one_of(1e-8, 0.1)}
 METHOD |= {"log_transform": one_of(True, True, False), "max_weight": one_of(None, None, 1.0, 2.0)}
 METHOD |= {"norm_target": one_of("max", "max", "mean", "median", "min", None)}
+METHOD |= {"fade_solved": one_of(False, False, True)}
 METHOD |= {"nonfinite": one_of("raise", "skip", "ignore")}
 OPTIONS = METHOD | {"tasks": st.integers(1, 4), "joint": st.booleans(), "refresh_every": st.integers(1, 3)}
 OPTIONS |= {"form": one_of("list", "mapping", "weights by name"), "adam": st.booleans()}
@@ -214,6 +218,7 @@ class Programs(stateful.RuleBasedStateMachine):
     def start(self, o):
         tasks, self.by_name = o["tasks"], o["form"] == "weights by name"
         given = (o["priorities"] or (1.0,) * 4)[:tasks] if self.by_name or o["priorities"] else None
+        o["fade_solved"] &= o["log_transform"] and o["norm_target"] is not None
         self.o = o | {"priorities": given, "names": [f"{'' if o['form'] == 'list' else 't'}{t}" for t in range(tasks)]}
         net = network(tasks)
         self.model = Model(net, base_of(net, o["adam"]), self.o)

@@ -22,8 +22,8 @@ class Balance:
         norms: ||ema_t||_2, the length of each task's averaged gradient on the shared parameters (of the
             gradient itself at beta = 0); NaN for an absent task.
         weights: w_t, what each averaged gradient was multiplied by; 0 for a task that did not count, NaN where an
-            `aggregator` combined them. A weight in
-            the hundreds says that a task is solved and that its noise is being blown up: see `max_weight`.
+            `aggregator` combined them. A weight in the hundreds says that a task is solved and that its noise is being
+            blown up: see `fade_solved` and `max_weight`.
         skipped: True where the whole batch was left out: by ``nonfinite="skip"``, or after an overflow under a scaler.
     """
 
@@ -61,12 +61,21 @@ def target_norm(norms: Tensor, counts: Tensor, norm_target: str) -> Tensor:
     return torch.where(number > 0, alpha, zeros[0])
 
 
+def unsolved_shares(losses: Tensor, eps: float) -> Tensor:
+    """loss_t / (loss_t + eps), shape (T,): 1 far above eps, 0 where a task is solved.
+
+    By this factor eps shortens ``grad log(loss_t + eps)`` against ``grad log(loss_t)``.
+    """
+    return (losses / (losses + eps)).clamp(min=0.0)
+
+
 def balance_weights(
     norms: Tensor,
     norm_target: str | None,
     max_weight: float | None,
+    shares: Tensor | None = None,
 ) -> Tensor:
-    """w_t = min(alpha / ||ema_t||, max_weight); 0 for absent tasks (NaN norm) and zero gradients.
+    """w_t = min(share_t * alpha / ||ema_t||, max_weight); 0 for absent tasks (NaN norm) and zero gradients.
 
     Algorithm 1 of the paper adds eps to the norm; here a zero norm is left out instead, so that rescaled
     gradients have exactly equal norms and a single task keeps weight exactly 1.
@@ -75,6 +84,7 @@ def balance_weights(
         norms: ||ema_t||, shape (T,); NaN for a task that does not take part.
         norm_target: see `target_norm`; None rescales nothing (w_t = 1 before the cap).
         max_weight: cap on the weight, or None.
+        shares: of alpha that a task's rescaled gradient gets, in [0, 1], shape (T,); None: all of it.
 
     Returns:
         w, shape (T,), finite for finite norms.
@@ -86,6 +96,8 @@ def balance_weights(
         # alpha / norm overflows for a norm near the smallest number; the clamp keeps 0 * inf out of the sum.
         weights = target_norm(norms, counts, norm_target) / norms
         weights = weights.clamp(max=torch.finfo(norms.dtype).max)
+    if shares is not None:
+        weights = weights * shares
     if max_weight is not None:
         weights = weights.clamp(max=max_weight)
     return weights.masked_fill(~counts, 0.0)

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ._accumulation import MicroBatches, no_micro_batches, sums_with
 from ._aggregation import Aggregator, combine, cut, matrix_of, recall
-from ._balance import Balance, balance_weights
+from ._balance import Balance, balance_weights, unsolved_shares
 from ._compiled import check_replay
 from ._distributed import Alone, Totals
 from ._gradient_buffer import FlatGradientBuffer
@@ -136,12 +137,15 @@ class Batch:
         self.others: dict[int, Tensor] = {}
         self.reached: set[int] = set()
         self._taken: list[int] = []
+        self._shares = unsolved_shares(self.values, self._settings.eps) if self._settings.fade_solved else None
+        self._factors = self._factors_beside_norms()
         self._measured = self._is_measured()
         # Under a scaler an overflow is nothing unusual and must leave every average alone: rows wait for the last.
         self._holds = scale is not None and isinstance(self.store, FlatGradientBuffer)
         # An aggregator may fail, so its rows wait too.
         self._holds = self._holds or plan.aggregator is not None
         self._held: list[int] = []
+        self._passing = -1
         self._overflow: Flag = False
         # Under a process group what went wrong here waits until every rank can hear of it.
         self._failure: BaseException | None = None
@@ -158,6 +162,14 @@ class Batch:
         start = cotangents(self.values, self._settings.eps, self._settings.log_transform)
         self.starts = start * (last / total * self._ranks.averaging).to(dtype)
         self.factors = start / total.to(dtype)
+
+    def _factors_beside_norms(self) -> Sequence[Scalar]:
+        """What every task's weight is multiplied by whatever the norms; numbers on a CPU."""
+        priorities = self._plan.priorities or (1.0,) * len(self.losses.names)
+        if self._shares is None:
+            return priorities
+        shares = self._shares.tolist() if self._on_cpu else self._shares.unbind()
+        return [priority * share for priority, share in zip(priorities, shares, strict=True)]
 
     # ------------------------------------------------- the order of the calls
 
@@ -179,7 +191,7 @@ class Batch:
         if self._scale is not None:
             self._rescale(self._scale)
         for task in self._held:
-            self.store.accept(task, True, self.norms[task])
+            self._accept(task, True)
         self._balance = Balance(self.losses.names, self.values, norms, weights, skipped=False)
 
     def _check_replay(self, running: list[int]) -> None:
@@ -282,15 +294,16 @@ class Batch:
         # While one task's gradients travel the next pass runs; one process has nothing to wait for.
         under_way: deque[_Arrival] = deque()
         self._healthy: Flag = True
-        for task in self.present:
-            if task in running:
-                under_way.append(self._start(task, inputs, retain_graph=self._plan.joint or task != last))
-            else:
-                under_way.append(_Arrival(task, {}, 0.0, set(), None))
-            while len(under_way) > self._ranks.holds_failures:
+        with self._early_averages():
+            for task in self.present:
+                if task in running:
+                    under_way.append(self._start(task, inputs, retain_graph=self._plan.joint or task != last))
+                else:
+                    under_way.append(_Arrival(task, {}, 0.0, set(), None))
+                while len(under_way) > self._ranks.holds_failures:
+                    self._finish(under_way.popleft())
+            while under_way:
                 self._finish(under_way.popleft())
-        while under_way:
-            self._finish(under_way.popleft())
         reached = self._close() if self._ranks.holds_failures else []
         # That nothing is wrong takes one read of the device; whose fault it is takes more.
         if (self._refuses or self._scale is not None) and not _all(self.flags):
@@ -330,7 +343,7 @@ class Batch:
         counted = self._tasks_that_count()
         for task in self._held:
             if task not in counted:
-                self.store.accept(task, False, math.nan)
+                self._accept(task, False)
         self._held = [task for task in self._held if task in counted]
 
     def _start(self, task: int, inputs: list[Tensor] | None, retain_graph: bool) -> _Arrival:
@@ -359,30 +372,35 @@ class Batch:
 
     def _pass(self, task: int, inputs: list[Tensor] | None, retain_graph: bool) -> list[Tensor | None]:
         """One task's gradients on all parameters; those on large shared ones may be in the store already."""
-        store, beta = self.store, self._progress.beta_of(task)
-        early = store.large if self._ranks.fills_grad else []
-
-        def average(index: int, gradient: Tensor) -> None:
-            store.propose_early(early[index], unscaled(gradient, self._scale), task, beta)
-
+        self._passing = task
         found: list[Tensor | None] = [None] * len(self.parameters)
         loss = self.losses.losses[task]
         if loss is not None and inputs != []:
-            with at_once([self.parameters[self._plan.averaged[index]] for index in early], average):
-                found = self._ranks.take_pass(
-                    [loss],
-                    [self.starts[task]],
-                    [self.losses.names[task]],
-                    self.parameters,
-                    retain_graph=retain_graph,
-                    inputs=inputs,
-                )
+            found = self._ranks.take_pass(
+                [loss],
+                [self.starts[task]],
+                [self.losses.names[task]],
+                self.parameters,
+                retain_graph=retain_graph,
+                inputs=inputs,
+            )
         if self._scale is not None:
             found = [None if gradient is None else unscaled(gradient, self._scale) for gradient in found]
         if self._earlier is not None:
             self._add_earlier(task, found)
         self._check_reach(task, found)
         return found
+
+    def _early_averages(self) -> AbstractContextManager[None]:
+        """While this is open, a pass puts its gradients on large shared parameters into the store itself."""
+        store = self.store
+        early = store.large if self._ranks.fills_grad else []
+
+        def average(index: int, gradient: Tensor) -> None:
+            task = self._passing
+            store.propose_early(early[index], unscaled(gradient, self._scale), task, self._progress.beta_of(task))
+
+        return at_once([self.parameters[self._plan.averaged[index]] for index in early], average)
 
     def _check_reach(self, task: int, found: list[Tensor | None]) -> None:
         """Refuse a task that this rank has, if it reaches nothing to average although something can be reached."""
@@ -419,7 +437,7 @@ class Batch:
         proposed = bool(arrival.reached) or any(gradient is not None for gradient in gradients)
         norm: Scalar = math.nan
         if proposed:
-            norm = self.store.propose(gradients, task, self._progress.beta_of(task), owned=ranks.owns_gradients)
+            norm = self.store.propose(gradients, task, self._progress.beta_of(task))
         norm, finite = ranks.agree(norm if proposed else 0.0, arrival.size)
         finite = finite & (norm < math.inf)
         self._overflow = self._overflow | (ok & (finite ^ True))
@@ -429,12 +447,16 @@ class Batch:
         if self._holds and ok is not False:
             self._held.append(task)
         else:
-            self.store.accept(task, ok, norm)
+            self._accept(task, ok, norm)
         if ok is False:
             return ok
         self.norms[task] = torch.where(ok, norm, math.nan) if isinstance(ok, Tensor) else norm
         self.reached |= arrival.reached
         return ok
+
+    def _accept(self, task: int, ok: Flag, norm: Scalar = math.nan) -> None:
+        """Let the store keep what it was proposed, with the factor that its weight has beside the norms."""
+        self.store.accept(task, ok, norm, self._factors[task])
 
     # ------------------------------------------------- norms as they were
 
@@ -564,7 +586,7 @@ class Batch:
 
     def _weights(self, norms: Tensor) -> Tensor:
         settings, priorities = self._settings, self._plan.priorities
-        weights = balance_weights(norms, settings.norm_target, settings.max_weight)
+        weights = balance_weights(norms, settings.norm_target, settings.max_weight, self._shares)
         if self._plan.aggregator is not None:
             weights = torch.where(weights > 0, math.nan, weights)
         return weights if priorities is None else weights * stack_scalars(priorities, norms.dtype, norms.device)

@@ -64,7 +64,6 @@ class Alone:
         holds_failures: whether a failure in a pass can wait until all ranks hear of it.
         averaging: by what the framework divides the sum of the ranks' gradients.
         keeps_whole: whether every average is here as a whole.
-        owns_gradients: whether task gradients come in memory that averages may be made in.
         fills_grad: whether a pass puts gradients into `.grad`, where hooks find them early.
         reduces_in_passes: whether gradients are added up over the ranks inside each backward pass, which then cannot
             stop at some of the parameters.
@@ -77,7 +76,6 @@ class Alone:
     holds_failures = False
     averaging: int = 1
     keeps_whole = True
-    owns_gradients = True
     fills_grad = True
     reduces_in_passes = False
     hint = ""
@@ -336,7 +334,6 @@ class Replicas(Ranks):
     """
 
     holds_failures = True
-    owns_gradients = False
     _looked_outside = False
 
     def __init__(self, group: dist.ProcessGroup, averaged: Sequence[Tensor], sharded: bool) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._numbers import Flag, Scalar, accumulation_dtype, joint_norm, real, vector_norm
+from ._numbers import Flag, Scalar, accumulation_dtype, joint_norm, real, storage_uses, vector_norm
 
 # A weighted sum is built in pieces of this many elements, which stay in a CPU's cache.
 _SUM_PIECE = 1 << 20
@@ -46,50 +46,70 @@ class _Place:
 class _Row:
     """One flat vector and the views of each parameter into it."""
 
-    __slots__ = ("flat", "views")
+    __slots__ = ("_own_uses", "flat", "views")
 
     def __init__(self, flat: Tensor, places: Sequence[_Place]) -> None:
         self.flat = flat
         self.views = [place.view(flat) for place in places]
+        self._own_uses = storage_uses(flat)
+
+    @property
+    def lent(self) -> bool:
+        """Whether a tensor outside this object uses the memory."""
+        return storage_uses(self.flat) > self._own_uses
 
 
-class _Run:
-    """Parameters of one device and dtype side by side in T + 1 flat rows.
+class _Segment:
+    """Parameters of one device and dtype side by side in flat rows: one a task, and a spare one.
 
     A proposal is written into a spare row. An accepted row trades places with the old one, so that nothing is
-    copied and no average ever takes a value that was refused.
+    copied and no average ever takes a value that was refused. Between batches the spare row's memory serves as the
+    combined gradient, and comes back when nobody uses that any more: fresh memory would cost a page fault every
+    1,024 elements, which is more than the sums themselves.
     """
 
-    def __init__(self, members: list[int], places: list[_Place], rows: Tensor) -> None:
+    def __init__(self, members: list[int], places: list[_Place], rows: Sequence[Tensor]) -> None:
         self.members = members
         self.places = places
-        self._rows = [_Row(row, places) for row in rows[:-1]]
-        self._spares = [_Row(rows[-1], places)]
-        self._proposals: dict[int, _Row] = {}
+        self.on_cpu = rows[0].is_cpu
+        self._rows = [_Row(row, places) for row in rows]
+        self._spares: list[_Row] = []
+        self._lent: _Row | None = None
+        self._proposals: dict[int, tuple[_Row, Scalar]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        rows = torch.stack([row.flat for row in [*self._rows, self._rows[0]]])
-        return {"members": self.members, "places": self.places, "rows": rows}
+        return {"members": self.members, "places": self.places, "rows": [row.flat.clone() for row in self._rows]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
-    def propose(self, gradients: Sequence[Tensor | None], task: int, beta: float, owned: bool) -> Scalar:  # noqa: ARG002
-        """Write ``beta * row_t + (1 - beta) * g_t`` into a spare row; return its norm."""
-        old = self._rows[task]
-        new = self._spares.pop() if self._spares else _Row(torch.zeros_like(old.flat), self.places)
-        self._proposals[task] = new
-        if new.flat.dtype == accumulation_dtype(new.flat.dtype):
-            _gather(new.views, gradients)
-            new.flat.lerp_(old.flat, beta)
-        else:
-            for into, view, gradient in zip(new.views, old.views, gradients, strict=True):
-                _average_narrow(into, view, gradient, beta)
-        return vector_norm(new.flat)
+    def propose(self, gradients: Sequence[Tensor | None], task: int, beta: float) -> Scalar:
+        """Write ``beta * row_t + (1 - beta) * g_t`` into a spare row, unless `add` has; return its norm."""
+        if task not in self._proposals:
+            old, new = self._rows[task], self._spare()
+            if new.flat.dtype != accumulation_dtype(new.flat.dtype):
+                for into, view, gradient in zip(new.views, old.views, gradients, strict=True):
+                    _average_narrow(into, view, gradient, beta)
+            elif len(gradients) == 1 and gradients[0] is not None:
+                _average(new.views[0], old.views[0], gradients[0], beta)
+            else:
+                _gather(new.views, gradients)
+                new.flat.lerp_(old.flat, beta)
+            self._proposals[task] = new, vector_norm(new.flat)
+        return self._proposals[task][1]
+
+    def add(self, gradient: Tensor, task: int, beta: float) -> None:
+        """The same at once for the gradient of a segment's only parameter; what comes later is added."""
+        if task not in self._proposals:
+            self.propose([gradient], task, beta)
+            return
+        new, _ = self._proposals[task]
+        new.views[0].add_(real(gradient), alpha=1 - beta)
+        self._proposals[task] = new, vector_norm(new.flat)
 
     def accept(self, task: int, ok: Flag) -> None:
         """Make the proposal the average where `ok`; a tensor is not read by the host."""
-        new, old = self._proposals.pop(task), self._rows[task]
+        (new, _), old = self._proposals.pop(task), self._rows[task]
         if isinstance(ok, Tensor):
             torch.where(ok.to(old.flat.device), new.flat, old.flat, out=old.flat)
         elif ok:
@@ -98,7 +118,7 @@ class _Run:
 
     def forget(self) -> None:
         """Drop the proposals that nobody accepted."""
-        self._spares += self._proposals.values()
+        self._spares += [new for new, _ in self._proposals.values()]
         self._proposals.clear()
 
     def rows(self) -> list[Tensor]:
@@ -107,7 +127,7 @@ class _Run:
 
     def proposed_rows(self) -> list[Tensor]:
         """The same with the proposals in place of what they would replace."""
-        return [self._proposals.get(task, row).flat for task, row in enumerate(self._rows)]
+        return [self._proposals[t][0].flat if t in self._proposals else row.flat for t, row in enumerate(self._rows)]
 
     def load(self, task: int, values: Sequence[Tensor | None]) -> None:
         """Overwrite one average; None sets zeros."""
@@ -118,88 +138,25 @@ class _Run:
             else:
                 view.copy_(value)
 
-
-class _Single:
-    """One larger parameter on a CPU, each average in a tensor of its own.
-
-    The average is made in the very memory that the backward pass wrote the gradient to: nothing is copied, and
-    what is read is still in cache. The old average is freed when the new one is accepted.
-    """
-
-    def __init__(self, index: int, place: _Place, rows: Tensor) -> None:
-        self.members = [index]
-        self.places = [place]
-        self._rows = [row.clone() for row in rows]
-        self._proposals: dict[int, tuple[Tensor, float]] = {}
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_proposals": {}}
-
-    def propose(self, gradients: Sequence[Tensor | None], task: int, beta: float, owned: bool) -> float:
-        """Turn g_t into ``beta * row_t + (1 - beta) * g_t`` in place, or in a copy unless it is `owned`."""
-        if task not in self._proposals:
-            self.add(gradients[0], task, beta, owned)
-        return self._proposals[task][1]
-
-    def add(self, gradient: Tensor | None, task: int, beta: float, owned: bool) -> None:
-        """The same for a gradient that may come in several parts: what comes later is added."""
-        if task in self._proposals and gradient is not None:
-            new = self._proposals[task][0]
-            new += (1 - beta) * self._flat(gradient, owned=False).to(new.dtype)
-        else:
-            new = self._average(gradient, self._rows[task], beta, owned)
-        norm = vector_norm(new)
-        self._proposals[task] = new, float(norm)
-
-    def accept(self, task: int, ok: Flag) -> None:
-        """Make the proposal the average where `ok`."""
-        new, _ = self._proposals.pop(task)
-        if ok:
-            self._rows[task] = new
-
-    def forget(self) -> None:
-        """Drop the proposals that nobody accepted."""
-        self._proposals.clear()
-
-    def rows(self) -> list[Tensor]:
-        """The averages, flat, in the order of the tasks."""
-        return self._rows
-
-    def proposed_rows(self) -> list[Tensor]:
-        """The same with the proposals in place of what they would replace."""
-        return [self._proposals[t][0] if t in self._proposals else row for t, row in enumerate(self._rows)]
-
-    def load(self, task: int, values: Sequence[Tensor | None]) -> None:
-        """Overwrite one average; None sets zeros."""
-        view = self.places[0].shaped(self._rows[task])
-        if values[0] is None:
-            view.zero_()
-        else:
-            view.copy_(values[0])
-
     def early(self, task: int) -> bool:
-        """Whether a part of this task's gradient was seen by `add`."""
+        """Whether this task has a proposal that nobody accepted yet."""
         return task in self._proposals
 
-    def _average(self, gradient: Tensor | None, old: Tensor, beta: float, owned: bool) -> Tensor:
-        if gradient is None:
-            return old * beta
-        if old.dtype == accumulation_dtype(old.dtype):
-            return self._flat(gradient, owned, old.dtype).lerp_(old, beta)
-        new = torch.empty_like(old)
-        _average_narrow(new, old, self._flat(gradient, owned=True), beta)
-        return new
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """``sum_t w_t * row_t`` in memory that is the caller's for as long as it is used."""
+        first = self._rows[0].flat
+        dtype = accumulation_dtype(first.dtype)
+        if self.on_cpu and dtype == first.dtype:
+            self._lent = self._spare()
+            return _sum_rows(self.proposed_rows(), weights, self._lent.flat)
+        return _sum_rows(self.proposed_rows(), weights, torch.empty_like(first, dtype=dtype))
 
-    def _flat(self, gradient: Tensor, owned: bool, dtype: torch.dtype | None = None) -> Tensor:
-        """The gradient as a flat vector in the order of the rows: its own memory if that is right and `owned`."""
-        place = self.places[0]
-        dense = real(gradient)
-        fits = dense.stride() == place.stride and dtype in (None, dense.dtype)
-        # A view into something larger would keep all of that alive.
-        if not (owned and fits and dense.untyped_storage().nbytes() == place.size * dense.itemsize):
-            wanted = torch.empty_strided(place.shape, place.stride, dtype=dtype or dense.dtype, device=dense.device)
-            dense = wanted.copy_(dense)
-        return dense.as_strided((place.size,), (1,), dense.storage_offset())
+    def _spare(self) -> _Row:
+        lent = self._lent
+        if lent is not None and not lent.lent:
+            self._spares.append(lent)
+            self._lent = None
+        return self._spares.pop() if self._spares else _Row(torch.zeros_like(self._rows[0].flat), self.places)
 
 
 class FlatGradientBuffer:
@@ -210,11 +167,11 @@ class FlatGradientBuffer:
     holds a non-finite value. The buffer is the average: there is no second T x n array.
 
     Small parameters, and all on an accelerator, lie side by side in one contiguous row a task for each (device,
-    dtype). On a CPU a parameter of 16,384 elements or more has its part of the row to itself: there the average
-    is made in the gradient's own memory, without a copy.
+    dtype). On a CPU a parameter of 16,384 elements or more has its part of the row to itself, so that its average is
+    made straight from its gradient, without a copy.
 
     Memory: (T + 1) * n elements of `dtype`, n = the number of shared scalars; 2 T n where all proposals of a
-    batch are held back until it is known to be good.
+    batch are held back until it is known to be good. On a CPU the last of these rows is what `weighted_sum` returns.
 
     Args:
         parameters: the shared parameters; only shapes, strides, devices and dtypes are read.
@@ -236,47 +193,40 @@ class FlatGradientBuffer:
         self.device = parameters[0].device
         """Where norms are gathered: the device of the first shared parameter."""
         self._number = len(parameters)
-        self._segments: list[_Run | _Single] = []
+        self._segments: list[_Segment] = []
         self._shares: list[float] = []
-        runs: dict[tuple[torch.device, torch.dtype, float], list[int]] = {}
+        together: dict[tuple[torch.device, torch.dtype, float, int], list[int]] = {}
         for index, parameter in enumerate(parameters):
             row, share = dtype or accumulation_dtype(parameter.dtype), 1.0 if shares is None else shares[index]
-            if parameter.device.type == "cpu" and parameter.numel() >= _ALONE:
-                place = _place(parameter, 0)
-                self._segments.append(
-                    _Single(index, place, torch.zeros((), dtype=row, device=parameter.device).expand(tasks, place.size))
-                )
-                self._shares.append(share)
-            else:
-                runs.setdefault((parameter.device, row, share), []).append(index)
-        for (device, row, share), members in runs.items():
+            alone = parameter.device.type == "cpu" and parameter.numel() >= _ALONE
+            together.setdefault((parameter.device, row, share, index if alone else -1), []).append(index)
+        for (device, row, share, _), members in together.items():
             places, end = [], 0
             for index in members:
                 places.append(_place(parameters[index], end))
                 end += math.ceil(places[-1].size / _ALIGNMENT) * _ALIGNMENT
             # Rows of no length would lie at odd places, where there can be no complex numbers.
-            end = max(end, _ALIGNMENT)
-            self._segments.append(_Run(members, places, torch.zeros(tasks + 1, end, device=device, dtype=row)))
+            self._segments.append(_Segment(members, places, _zero_rows(tasks, max(end, _ALIGNMENT), device, row)))
             self._shares.append(share)
-        self._singles = {s.members[0]: s for s in self._segments if isinstance(s, _Single)}
+        self._alone = {s.members[0]: s for s in self._segments if len(s.members) == 1}
 
     @property
     def large(self) -> list[int]:
         """Parameters that gain from `propose_early`: large ones on a CPU."""
-        return [index for index, single in self._singles.items() if single.places[0].size >= _LARGE]
+        return [index for index, segment in self._alone.items() if segment.on_cpu and segment.places[0].size >= _LARGE]
 
     def early(self, task: int) -> set[int]:
         """Parameters that `propose_early` has seen for this task since its last `accept`."""
-        return {index for index, single in self._singles.items() if single.early(task)}
+        return {index for index, segment in self._alone.items() if segment.early(task)}
 
     def propose_early(self, index: int, gradient: Tensor, task: int, beta: float) -> None:
-        """Propose one large parameter's part of a row while its gradient, which is overwritten, is still in cache.
+        """Propose one large parameter's part of a row while its gradient is still in cache.
 
         Called again before `propose`, as by a parameter whose gradient comes in two parts, it adds.
         """
-        self._singles[index].add(gradient, task, beta, owned=True)
+        self._alone[index].add(gradient, task, beta)
 
-    def propose(self, gradients: Sequence[Tensor | None], task: int, beta: float, *, owned: bool = False) -> Scalar:
+    def propose(self, gradients: Sequence[Tensor | None], task: int, beta: float) -> Scalar:
         """Compute ``beta * ema_t + (1 - beta) * g_t`` beside row t, which stays until `accept`.
 
         Args:
@@ -284,20 +234,18 @@ class FlatGradientBuffer:
                 seen it.
             task: t.
             beta: weight of the old average.
-            owned: the gradients may be overwritten and their memory kept.
 
         Returns:
             The norm of the proposed row; not finite exactly where the row holds a non-finite value or its norm
             overflows. On a CPU a number, on an accelerator a scalar tensor that nobody has waited for.
         """
         norms = [
-            segment.propose([gradients[member] for member in segment.members], task, beta, owned)
-            for segment in self._segments
+            segment.propose([gradients[member] for member in segment.members], task, beta) for segment in self._segments
         ]
         return joint_norm(norms, self.device, self._shares)
 
-    def accept(self, task: int, ok: Flag, norm: Scalar) -> None:  # noqa: ARG002
-        """Make the proposed row, whose norm is of no matter here, the average of `task` if `ok`; else drop it.
+    def accept(self, task: int, ok: Flag, norm: Scalar, factor: Scalar = 1.0) -> None:  # noqa: ARG002
+        """Make the proposed row the average of `task` if `ok`; else drop it. The rest is of no matter here.
 
         With a Python bool two rows trade places. A boolean tensor is not read by the host of an accelerator: the
         row is copied or kept on the device.
@@ -318,11 +266,13 @@ class FlatGradientBuffer:
     def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
         """``sum_t w_t * ema_t`` for each parameter, shaped like it, of float32 or wider; `weights` of shape (T,).
 
+        The memory is the caller's until the last view of it goes.
+
         Proposals that are neither accepted nor dropped count as accepted.
         """
         result: list[Tensor | None] = [None] * self._number
         for segment in self._segments:
-            total = _sum_rows(segment.proposed_rows(), weights)
+            total = segment.weighted_sum(weights)
             for member, place in zip(segment.members, segment.places, strict=True):
                 result[member] = place.shaped(total)
         return result
@@ -371,11 +321,27 @@ class FlatGradientBuffer:
         return total
 
 
+def _zero_rows(tasks: int, length: int, device: torch.device, dtype: torch.dtype) -> Sequence[Tensor]:
+    """T rows; on an accelerator in one block, for one product with all of them."""
+    if device.type == "cpu":
+        return [torch.zeros(length, dtype=dtype) for _ in range(tasks)]
+    return torch.zeros(tasks, length, device=device, dtype=dtype).unbind()
+
+
 def _place(parameter: Tensor, start: int) -> _Place:
     dense = torch.empty_like(parameter, device="meta")
     if dense.is_complex():
         dense = torch.view_as_real(dense)
     return _Place(start, dense.numel(), tuple(dense.shape), tuple(dense.stride()), parameter.dtype)
+
+
+def _average(into: Tensor, old: Tensor, gradient: Tensor, beta: float) -> None:
+    """into <- beta * old + (1 - beta) * gradient; `into` has the layout of `old`."""
+    dense = real(gradient)
+    if dense.dtype == into.dtype:
+        torch.lerp(dense, old, beta, out=into)
+    else:
+        into.copy_(dense).lerp_(old, beta)
 
 
 def _average_narrow(into: Tensor, old: Tensor, gradient: Tensor | None, beta: float) -> None:
@@ -397,14 +363,12 @@ def _gather(views: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None
         torch._foreach_copy_(targets, sources)
 
 
-def _sum_rows(rows: Sequence[Tensor], weights: Tensor) -> Tensor:
-    """sum_t weights[t] * rows[t] in float32 or wider, on a CPU in the order of the tasks.
+def _sum_rows(rows: Sequence[Tensor], weights: Tensor, out: Tensor) -> Tensor:
+    """out <- sum_t weights[t] * rows[t] in float32 or wider, on a CPU in the order of the tasks; returns `out`.
 
     A matrix-vector product is one kernel, which counts on an accelerator; on a CPU it is no faster than adding
     rows piece by piece in cache, and its rounding depends on where the rows lie.
     """
-    first = rows[0]
-    out = torch.empty(first.numel(), device=first.device, dtype=accumulation_dtype(first.dtype))
     if out.device.type != "cpu":
         weights = weights.to(out.device, out.dtype)
         matrix = _as_matrix(rows)
@@ -418,13 +382,11 @@ def _sum_rows(rows: Sequence[Tensor], weights: Tensor) -> Tensor:
     terms = [(row, weight) for row, weight in zip(rows, weights.tolist(), strict=True) if weight != 0]
     if not terms:
         return out.zero_()
-    for start in range(0, out.numel(), _SUM_PIECE):
-        piece = slice(start, start + _SUM_PIECE)
-        for index, (row, weight) in enumerate(terms):
-            if index == 0:
-                torch.mul(row[piece], weight, out=out[piece])
-            else:
-                out[piece].add_(row[piece], alpha=weight)
+    pieces = [torch.split(row, _SUM_PIECE) for row, _ in terms]
+    for into, *parts in zip(torch.split(out, _SUM_PIECE), *pieces, strict=True):
+        torch.mul(parts[0], terms[0][1], out=into)
+        for part, (_, weight) in zip(parts[1:], terms[1:], strict=True):
+            into.add_(part, alpha=weight)
     return out
 
 

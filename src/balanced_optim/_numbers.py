@@ -73,3 +73,13 @@ def stack_scalars(values: Sequence[Scalar], dtype: torch.dtype, device: torch.de
             for v in values
         ]
     )
+
+
+def storage_uses(tensor: Tensor) -> int:
+    """How many tensors hold the tensor's memory; the same number more in some releases of torch than in others."""
+    uses: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return uses
+
+
+# For a tensor on its own.
+USES_ALONE = storage_uses(torch.empty(1))

@@ -48,8 +48,7 @@ class Plan:
         capped = settings.max_weight is not None and settings.norm_target is not None
         if beta > 0 or capped or self.joint or self.aggregator is not None:
             return FlatGradientBuffer(averaged, tasks, settings.ema_dtype, ranks.shares)
-        priorities = self.priorities or (1.0,) * tasks
-        return GradientSum(averaged[0].device, priorities, settings.norm_target is not None, ranks.shares)
+        return GradientSum(averaged[0].device, settings.norm_target is not None, ranks.shares)
 
 
 @dataclass(slots=True)

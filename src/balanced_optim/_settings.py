@@ -26,6 +26,7 @@ class Settings:
     ema_dtype: torch.dtype | None
     nonfinite: str
     refresh_every: int = 1
+    fade_solved: bool = False
 
     def __post_init__(self) -> None:
         _require(_is_number(self.eps) and self.eps > 0, "eps", "a number > 0", self.eps)
@@ -46,6 +47,13 @@ class Settings:
         _require(self.nonfinite in _NONFINITE, "nonfinite", f"one of {_NONFINITE}", self.nonfinite)
         whole = isinstance(self.refresh_every, int) and not isinstance(self.refresh_every, bool)
         _require(whole and self.refresh_every >= 1, "refresh_every", "a whole number >= 1", self.refresh_every)
+        _require(isinstance(self.fade_solved, bool), "fade_solved", "True or False", self.fade_solved)
+        if self.fade_solved and (self.norm_target is None or not self.log_transform):
+            raise ValueError(
+                f"fade_solved needs a norm_target and log_transform=True, got norm_target={self.norm_target!r}, "
+                f"log_transform={self.log_transform}: without a rescale nothing blows a solved task up, and without "
+                "the log eps does not say which are solved; leave it out"
+            )
 
 
 def _require(holds: bool, name: str, rule: str, value: object) -> None:

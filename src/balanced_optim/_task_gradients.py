@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from ._numbers import Scalar, real, vector_norm
+from ._numbers import USES_ALONE, Scalar, real, storage_uses, vector_norm
 
 # How to compile for several backward passes over one graph.
 REMEDY = (
@@ -189,17 +189,7 @@ def owned(gradient: Tensor) -> Tensor:
     """
     if gradient.layout is not torch.strided:
         return gradient
-    return gradient.clone() if _uses(gradient) > _USES_ALONE else gradient
-
-
-def _uses(tensor: Tensor) -> int:
-    """How many objects hold the tensor's memory."""
-    uses: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return uses
-
-
-# What that is for a tensor on its own differs between releases of torch.
-_USES_ALONE = _uses(torch.empty(1))
+    return gradient.clone() if storage_uses(gradient) > USES_ALONE else gradient
 
 
 def unscaled(gradient: Tensor, scale: Scalar | None) -> Tensor:

@@ -83,6 +83,10 @@ class DualBalancedOptimizer(Optimizer):
         log_transform: False takes losses as they are, as an ablation or for losses that can be negative.
         norm_target: alpha over the tasks that count: "max", "mean", "median", "min"; None rescales nothing.
         max_weight: cap on a task's weight before `task_weights`. 1 keeps the log only, None has no cap.
+        fade_solved: True multiplies w_t by ``loss_t / (loss_t + eps)``. Under the log eps makes the gradient of a task
+            vanish whose loss has gone far below it, and the rescale blows what is left, noise, up to full size; so it
+            fades instead. Tasks whose losses stay far above eps notice nothing. Before the cap of `max_weight`. Not in
+            the paper.
         task_weights: priorities >= 0, multiplied in after the rescale; a sequence of T, or a mapping by task
             name, which fixes the names.
         norm_params: a subset of the shared parameters on which norms are measured, as in GradNorm: best the last
@@ -143,6 +147,7 @@ class DualBalancedOptimizer(Optimizer):
         log_transform: bool = True,
         norm_target: str | None = "max",
         max_weight: float | None = None,
+        fade_solved: bool = False,
         task_weights: Sequence[float] | Mapping[str, float] | None = None,
         norm_params: Iterable[Tensor] | nn.Module | None = None,
         refresh_every: int = 1,
@@ -156,13 +161,21 @@ class DualBalancedOptimizer(Optimizer):
         if isinstance(base_optim, DualBalancedOptimizer):
             raise TypeError("base_optim must be the plain optimizer, got a DualBalancedOptimizer; wrap it once")
         check_schedule(beta, beta_decay)
-        settings = Settings(eps, log_transform, norm_target, max_weight, ema_dtype, nonfinite, refresh_every)
+        settings = Settings(
+            eps, log_transform, norm_target, max_weight, ema_dtype, nonfinite, refresh_every, fade_solved
+        )
         names, priorities = read_task_weights(task_weights)
         shared = shared_positions(base_optim, shared_params)
         measured = norm_positions(base_optim, norm_params, shared, refresh_every)
         check_rows(base_optim, measured or shared, ema_dtype)
         check_process_group(process_group, shard_averages)
-        check_aggregator(aggregator, norm_params=norm_params, max_weight=max_weight, shard_averages=shard_averages)
+        check_aggregator(
+            aggregator,
+            norm_params=norm_params,
+            max_weight=max_weight,
+            fade_solved=fade_solved or None,
+            shard_averages=shard_averages,
+        )
         self.base_optim = base_optim
         self._plan = Plan(settings, shared, measured or shared, measured is not None, aggregator, names, priorities)
         self._progress = Progress(beta, beta_decay, names, names is not None, reached=[False] * len(shared))
