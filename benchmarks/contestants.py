@@ -117,6 +117,7 @@ CONTESTANTS: dict[str, Build] = {
     "exact": balanced,
     "beta0": partial(balanced, beta=0.0),
     "exact_bf16_rows": partial(balanced, ema_dtype=torch.bfloat16),
+    "vectorized": partial(balanced, vectorize=True),
     "one_backward": partial(balanced, one_backward=True),
     "refreshed": partial(balanced, one_backward=True, refresh_every=8),
     "by_hand": by_hand,

@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line and make the output directory."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.step_cost", description=__doc__.split("\n")[0])
-    parser.add_argument("--trunks", nargs="+", type=trunk_name, help="(default: the four of the README)")
+    parser.add_argument("--trunks", nargs="+", type=trunk_name, help="(default: the five of the README)")
     parser.add_argument("--tasks", nargs="+", type=positive_int, help="numbers of tasks (default: 3 11 40)")
     parser.add_argument("--contestants", nargs="+", choices=list(CONTESTANTS), default=list(CONTESTANTS))
     parser.add_argument("--memory-tasks", nargs="*", type=positive_int, help="T for peaks (default: 3 11; none: skip)")
@@ -104,7 +104,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     quick = options.quick
     options.trunks = options.trunks or (
-        ["small_mlp"] if quick else ["small_mlp", "wide_mlp", "resnet18", "transformer"]
+        ["small_mlp"] if quick else ["small_mlp", "wide_mlp", "resnet18", "transformer", "many_small"]
     )
     options.tasks = options.tasks or ([3] if quick else [3, 11, 40])
     if options.memory_tasks is None:

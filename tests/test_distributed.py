@@ -421,6 +421,8 @@ OPTIONS = {
     "large eps": {"eps": 0.5},
     "solved tasks fade": {"eps": 0.5, "fade_solved": True},
     "solved tasks fade at beta 0": {"eps": 0.5, "fade_solved": True, "beta": 0.0},
+    "vectorized passes": {"vectorize": True},
+    "vectorized passes at beta 0": {"vectorize": True, "beta": 0.0},
     "mean of norms": {"norm_target": "mean"},
     "median of norms": {"norm_target": "median"},
     "least norm": {"norm_target": "min"},

@@ -157,3 +157,37 @@ def test_gradients_that_stay_are_added_to(form):
             total = total + net.position.grad if clear else net.position.grad
         grads.append(total)
     torch.testing.assert_close(*grads)
+
+
+@pytest.fixture
+def group():
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("way", ["scaler", "micro-batches"])
+@pytest.mark.parametrize("form", ["single passes", "group", "vectorized"])
+def test_one_gradient_of_two_terms_is_not_changed_twice(form, way, request):
+    """`autograd.grad` gives the terms of a sum one tensor: unscaling it for both would divide twice."""
+    ends = []
+    for plain in (False, True):
+        torch.manual_seed(0)
+        trunk = nn.Parameter(torch.randn(3, 4, dtype=torch.float64))
+        terms = [nn.Parameter(torch.randn(4, dtype=torch.float64)) for _ in range(2)]
+        others = {"group": {"process_group": request.getfixturevalue("group")}} if form == "group" else {}
+        options = {} if plain else {"vectorized": {"vectorize": True}, **others}.get(form, {})
+        base = torch.optim.SGD([trunk, *terms], lr=0.1)
+        optimizer = DualBalancedOptimizer(base, [trunk], **options)
+        scaler = torch.amp.GradScaler("cpu", init_scale=256.0) if way == "scaler" and not plain else None
+        features = torch.tanh(torch.randn(5, 3, dtype=torch.float64) @ trunk)
+        losses = [(features @ (terms[0] + terms[1]) - 1).square().mean(), features.square().mean()]
+        again = torch.tanh(torch.randn(5, 3, dtype=torch.float64) @ trunk)
+        if way == "micro-batches":
+            optimizer.accumulate([(again @ (terms[0] + terms[1]) - 1).square().mean(), again.square().mean()])
+        optimizer.backward(losses, scaler)
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        ends.append([p.grad for p in (trunk, *terms)])
+    for mine, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(mine, theirs)

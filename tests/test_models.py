@@ -45,15 +45,38 @@ def tolerance(parameter, mixed=False):
     return max(1e-5 if mixed else 1e-9, 4 * torch.finfo(parameter.dtype).eps)
 
 
+NOT_VECTORIZABLE = {
+    "sparse heads": "sparse gradient",
+    "sparse embedding": "SparseCPU",
+    "tied to a head": "several depths",
+    "reentrant checkpoint": "use_reentrant=True",
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("name", cases.MODELS)
+@pytest.mark.parametrize("method", ["averaged", "no average"])
+def test_vectorized_passes_agree_with_the_oracle(name, method):
+    if name in NOT_VECTORIZABLE:
+        with pytest.warns(UserWarning, match=f"made one by one: .*{NOT_VECTORIZABLE[name]}"):
+            follow_the_oracle(name, method, vectorize=True)
+    else:
+        follow_the_oracle(name, method, vectorize=True)
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", cases.MODELS)
 def test_gradients_and_steps_agree_with_the_oracle(name, method):
+    follow_the_oracle(name, method)
+
+
+def follow_the_oracle(name, method, **options):
     """.grad, parameters and running statistics over four batches, one of them without task t1."""
     model, slow = cases.build(name), cases.build(name)
     slow.use_reentrant = None  # the oracle needs no checkpoints
     settings = METHODS[method]
     lr = 0.01 if settings.get("log_transform", True) else 1e-6
-    optimizer = optimizer_of(model, lr, **settings)
+    optimizer = optimizer_of(model, lr, **settings, **options)
     oracle = Reference(slow.optimizer(SGD, lr=lr), slow.trunk.parameters(), **settings)
     for step in range(4):
         optimizer.zero_grad()

@@ -203,6 +203,7 @@ METHOD |= {"fade_solved": one_of(False, False, True)}
 METHOD |= {"nonfinite": one_of("raise", "skip", "ignore")}
 OPTIONS = METHOD | {"tasks": st.integers(1, 4), "joint": st.booleans(), "refresh_every": st.integers(1, 3)}
 OPTIONS |= {"form": one_of("list", "mapping", "weights by name"), "adam": st.booleans()}
+OPTIONS |= {"vectorize": st.booleans()}
 OPTIONS |= {"priorities": one_of(None, None, (1.0, 0.5, 2.0, 1.0), (3.0, 1.0, 0.0, 1.0))}
 
 
@@ -231,7 +232,7 @@ class Programs(stateful.RuleBasedStateMachine):
         shared = [self.net[name] for name in SHARED]
         form = {"norm_params": shared[1:2], "refresh_every": o["refresh_every"]} if o["joint"] else {}
         form["task_weights"] = dict(zip(o["names"], o["priorities"], strict=True)) if self.by_name else o["priorities"]
-        form |= {name: o[name] for name in METHOD}
+        form |= {name: o[name] for name in METHOD} | {"vectorize": o["vectorize"] and not o["joint"]}
         self.optimizer = DualBalancedOptimizer(base_of(self.net, o["adam"]), shared, **form)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.5)
         if "late" in self.model.net:
@@ -361,6 +362,7 @@ class Programs(stateful.RuleBasedStateMachine):
             assert (list(balance.tasks), balance.skipped) == (self.o["names"], model.balance[1])
 
 
+@pytest.mark.filterwarnings("ignore:vectorize=True, but")
 def test_random_programs_agree_with_the_model():
     SEEN.clear()
     many = {"max_examples": PROGRAMS or 200, "stateful_step_count": 12, "derandomize": not PROGRAMS}

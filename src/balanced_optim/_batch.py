@@ -25,12 +25,14 @@ from ._task_gradients import (
     add_gradients,
     at_once,
     joint_size,
+    owned,
     put_gradients,
     take_gradients,
     unscaled,
     where_ok,
 )
 from ._task_losses import TaskLosses, acceptable, cotangents, describe_bad_loss
+from ._vectorized import vectorized_passes
 
 Result = TypeVar("Result")
 
@@ -146,6 +148,9 @@ class Batch:
         self._holds = self._holds or plan.aggregator is not None
         self._held: list[int] = []
         self._passing = -1
+        # By task, from a vectorized pass.
+        self._found: dict[int, list[Tensor | None]] = {}
+        self._not_vectorized = ""
         self._overflow: Flag = False
         # Under a process group what went wrong here waits until every rank can hear of it.
         self._failure: BaseException | None = None
@@ -240,6 +245,13 @@ class Batch:
             progress.skip_next_step = True
         if complete:
             self._warn_of_unreached()
+        if self._not_vectorized:
+            progress.vectorizes = False
+            warnings.warn(
+                "vectorize=True, but the passes of this network cannot be made as one; they are made one by one: "
+                f"{self._not_vectorized}",
+                stacklevel=4,
+            )
 
     def leave_out(self, overflow: bool) -> None:
         """Record a batch that is skipped. Under a scaler one `.grad` says whether it was an overflow: inf, or zeros."""
@@ -294,6 +306,8 @@ class Batch:
         # While one task's gradients travel the next pass runs; one process has nothing to wait for.
         under_way: deque[_Arrival] = deque()
         self._healthy: Flag = True
+        if self._settings.vectorize and self._progress.vectorizes:
+            self._found = self._attempt(lambda: self._vectorize(running), {})
         with self._early_averages():
             for task in self.present:
                 if task in running:
@@ -375,7 +389,9 @@ class Batch:
         self._passing = task
         found: list[Tensor | None] = [None] * len(self.parameters)
         loss = self.losses.losses[task]
-        if loss is not None and inputs != []:
+        if task in self._found:
+            found = self._found.pop(task)
+        elif loss is not None and inputs != []:
             found = self._ranks.take_pass(
                 [loss],
                 [self.starts[task]],
@@ -390,6 +406,30 @@ class Batch:
             self._add_earlier(task, found)
         self._check_reach(task, found)
         return found
+
+    def _vectorize(self, running: Sequence[int]) -> dict[int, list[Tensor | None]]:
+        """The gradients of all tasks from one vectorized pass; nothing where that cannot be or does not pay."""
+        tasks = [task for task in running if self.losses.losses[task] is not None]
+        if len(tasks) < 2:
+            return {}
+        outside = self._ranks.outside(self.losses.given, self.parameters)
+        try:
+            found = vectorized_passes(
+                [self.losses.loss(task) for task in tasks],
+                [self.starts[task] for task in tasks],
+                [self.losses.names[task] for task in tasks],
+                [*self.parameters, *outside],
+            )
+        except RuntimeError as error:
+            # If the passes one by one fail too, it was not for the want of a vectorized form.
+            self._not_vectorized = str(error)
+            return {}
+        number = len(self.parameters)
+        for gradients in found:
+            for leaf, gradient in zip(outside, gradients[number:], strict=True):
+                if gradient is not None:
+                    leaf.grad = add_gradients(leaf.grad, owned(gradient))
+        return {task: gradients[:number] for task, gradients in zip(tasks, found, strict=True)}
 
     def _early_averages(self) -> AbstractContextManager[None]:
         """While this is open, a pass puts its gradients on large shared parameters into the store itself."""

@@ -69,6 +69,7 @@ class Progress:
         micro_batches: what `accumulate` has gathered for the batch that is not complete yet.
         pending: `.grad` holds a batch that no step has used.
         skip_next_step: the latest batch was left out, so its step is too.
+        vectorizes: False once a vectorized pass was not possible.
     """
 
     beta: float
@@ -85,6 +86,7 @@ class Progress:
     micro_batches: MicroBatches | None = None
     pending: bool = False
     skip_next_step: bool = False
+    vectorizes: bool = True
 
     def start_anew(self, names: tuple[str, ...] | None) -> None:
         """Forget averages, counts and the record of the last step; `names` given by the constructor stay."""

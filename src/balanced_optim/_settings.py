@@ -27,6 +27,7 @@ class Settings:
     nonfinite: str
     refresh_every: int = 1
     fade_solved: bool = False
+    vectorize: bool = False
 
     def __post_init__(self) -> None:
         _require(_is_number(self.eps) and self.eps > 0, "eps", "a number > 0", self.eps)
@@ -48,6 +49,7 @@ class Settings:
         whole = isinstance(self.refresh_every, int) and not isinstance(self.refresh_every, bool)
         _require(whole and self.refresh_every >= 1, "refresh_every", "a whole number >= 1", self.refresh_every)
         _require(isinstance(self.fade_solved, bool), "fade_solved", "True or False", self.fade_solved)
+        _require(isinstance(self.vectorize, bool), "vectorize", "True or False", self.vectorize)
         if self.fade_solved and (self.norm_target is None or not self.log_transform):
             raise ValueError(
                 f"fade_solved needs a norm_target and log_transform=True, got norm_target={self.norm_target!r}, "
@@ -125,20 +127,26 @@ def shared_positions(
 
 
 def norm_positions(
-    base_optim: Optimizer, norm_params: Iterable[Tensor] | nn.Module | None, shared: list[int], refresh_every: int
+    base_optim: Optimizer, norm_params: Iterable[Tensor] | nn.Module | None, shared: list[int], settings: Settings
 ) -> list[int] | None:
     """Positions of `norm_params`, a subset of the shared ones; None for the exact form.
 
     Raises:
-        ValueError: one is not shared, or `refresh_every` is used without `norm_params`.
+        ValueError: one is not shared, `refresh_every` is used without `norm_params`, or `vectorize` with them.
     """
     if norm_params is None:
-        if refresh_every != 1:
+        if settings.refresh_every != 1:
             raise ValueError(
-                f"refresh_every needs norm_params, got refresh_every={refresh_every} without; weights are reused in a "
-                "joint backward only: pass norm_params=shared_params to measure norms on all shared parameters"
+                f"refresh_every needs norm_params, got refresh_every={settings.refresh_every} without; weights are "
+                "reused in a joint backward only: pass norm_params=shared_params to measure norms on all shared "
+                "parameters"
             )
         return None
+    if settings.vectorize:
+        raise ValueError(
+            "vectorize cannot be used with norm_params, got vectorize=True: the one-backward form has one pass through "
+            "the trunk as it is; leave one of them out"
+        )
     positions = shared_positions(base_optim, norm_params, "norm_params")
     if not set(positions) <= set(shared):
         raise ValueError(

@@ -62,7 +62,8 @@ def leaves(losses: Sequence[Tensor]) -> list[Tensor]:
     return [variable for node in graph(losses) if (variable := getattr(node, "variable", None)) is not None]
 
 
-def _starts(losses: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+def starts_of(losses: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """The cotangents in the losses' own dtypes, shapes and places."""
     return [_start(loss, cotangent) for loss, cotangent in zip(losses, cotangents, strict=True)]
 
 
@@ -95,7 +96,7 @@ def take_pass(
         inputs: stop at these: on a trunk's last layer the pass never enters the layers before.
     """
     found = raw_pass(losses, cotangents, names, parameters, retain_graph=retain_graph, inputs=inputs)
-    return [None if gradient is None else owned(gradient) for gradient in found]
+    return apart(found)
 
 
 def raw_pass(
@@ -108,8 +109,8 @@ def raw_pass(
     inputs: Sequence[Tensor] | None = None,
 ) -> list[Tensor | None]:
     """The same, with the gradients as the backward pass left them in `.grad`."""
-    with _explained(names):
-        torch.autograd.backward(losses, _starts(losses, cotangents), retain_graph=retain_graph, inputs=inputs)
+    with explained(names):
+        torch.autograd.backward(losses, starts_of(losses, cotangents), retain_graph=retain_graph, inputs=inputs)
     return take_gradients(parameters)
 
 
@@ -125,18 +126,18 @@ def take_grad(
     """The same by `torch.autograd.grad`: only `parameters` get gradients, and no hook on a `.grad` runs."""
     wanted = parameters if inputs is None else inputs
     kept = [parameter for parameter in wanted if parameter.requires_grad]
-    with _explained(names):
+    with explained(names):
         gradients = torch.autograd.grad(
-            losses, kept, _starts(losses, cotangents), retain_graph=retain_graph, allow_unused=True
+            losses, kept, starts_of(losses, cotangents), retain_graph=retain_graph, allow_unused=True
         )
     found = {id(parameter): gradient for parameter, gradient in zip(kept, gradients, strict=True)}
     result = [found.get(id(parameter)) for parameter in parameters]
     del gradients, found
-    return [None if gradient is None else owned(gradient) for gradient in result]
+    return apart(result)
 
 
 @contextmanager
-def _explained(names: Sequence[str]) -> Iterator[None]:
+def explained(names: Sequence[str]) -> Iterator[None]:
     """Say what to do about the errors of a backward pass that a user of this library meets."""
     try:
         yield
@@ -179,6 +180,19 @@ def at_once(parameters: Sequence[Tensor], use: Callable[[int, Tensor], None]) ->
     finally:
         for handle in handles:
             handle.remove()
+
+
+def apart(gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients, each in memory of its own; `autograd.grad` gives both terms of ``a + b`` one tensor."""
+    seen: set[int] = set()
+    result: list[Tensor | None] = []
+    for gradient in gradients:
+        if gradient is None:
+            result.append(None)
+        else:
+            result.append(gradient.clone() if id(gradient) in seen else owned(gradient))
+            seen.add(id(gradient))
+    return result
 
 
 def owned(gradient: Tensor) -> Tensor:

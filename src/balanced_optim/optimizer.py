@@ -99,6 +99,12 @@ class DualBalancedOptimizer(Optimizer):
             from the gradients themselves. Columns are the shared parameters in the order given, each flattened.
             `task_weights` multiply the rows. What it keeps in its attributes (numbers, tensors, arrays) goes into the
             state dict. Memory: 3 T * n scalars. Not with `norm_params`, `max_weight` or sharded averages.
+        vectorize: True takes the T passes through what several tasks share as one under `torch.vmap`, after a short
+            pass of each task through its own head. It pays where a network of many small layers has many tasks: there
+            the time goes into starting kernels. Elsewhere it costs: measure. Memory: T * n scalars more, and the graph
+            lives until the losses go. Hooks that wait for `.grad` do not run. Where the network cannot be vectorized
+            (a warning says why, once), and for micro-batches in `accumulate`, passes are made one by one. Not with
+            `norm_params` or FSDP2.
         ema_dtype: dtype of the averages; None takes float32, or float64 for float64 parameters.
             torch.bfloat16 halves their memory; sums and norms are still taken in float32.
         nonfinite: what to do with a loss that is not finite (or <= -eps under the log) or a gradient that is
@@ -152,6 +158,7 @@ class DualBalancedOptimizer(Optimizer):
         norm_params: Iterable[Tensor] | nn.Module | None = None,
         refresh_every: int = 1,
         aggregator: Callable[[Tensor], Tensor] | None = None,
+        vectorize: bool = False,
         ema_dtype: torch.dtype | None = None,
         nonfinite: str = "raise",
         process_group: ProcessGroup | None = None,
@@ -162,11 +169,11 @@ class DualBalancedOptimizer(Optimizer):
             raise TypeError("base_optim must be the plain optimizer, got a DualBalancedOptimizer; wrap it once")
         check_schedule(beta, beta_decay)
         settings = Settings(
-            eps, log_transform, norm_target, max_weight, ema_dtype, nonfinite, refresh_every, fade_solved
+            eps, log_transform, norm_target, max_weight, ema_dtype, nonfinite, refresh_every, fade_solved, vectorize
         )
         names, priorities = read_task_weights(task_weights)
         shared = shared_positions(base_optim, shared_params)
-        measured = norm_positions(base_optim, norm_params, shared, refresh_every)
+        measured = norm_positions(base_optim, norm_params, shared, settings)
         check_rows(base_optim, measured or shared, ema_dtype)
         check_process_group(process_group, shard_averages)
         check_aggregator(
@@ -343,6 +350,11 @@ class DualBalancedOptimizer(Optimizer):
         ranks = self._processes.over(self._parameters(), self._plan.averaged)
         if not ranks.keeps_whole:
             check_aggregator(self._plan.aggregator, fully_shard=True)
+        if ranks.reduces_in_passes and self._plan.settings.vectorize:
+            raise ValueError(
+                "vectorize cannot be used with FSDP2, got vectorize=True: its passes communicate and cannot be "
+                "vectorized; leave it out"
+            )
         return ranks
 
     def _meet(
