@@ -1,5 +1,8 @@
 """Gradients that share memory with each other, a cotangent or what a hook keeps are not overwritten for them."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from conftest import assert_same
@@ -112,20 +115,31 @@ HOLDERS = {
 }
 
 
+COPIES = {
+    "original": lambda pair: pair,
+    "copy": copy.deepcopy,
+    "pickled": lambda pair: pickle.loads(pickle.dumps(pair)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
 @pytest.mark.parametrize("holder", HOLDERS)
 @pytest.mark.parametrize("form", [{}, {"beta": 0.0}, {"max_weight": 2.0, "beta": 0.0}], ids=str)
 @pytest.mark.parametrize("size", SIZES)
-def test_a_combined_gradient_that_someone_keeps_is_not_written_to(size, form, holder):
+def test_a_combined_gradient_that_someone_keeps_is_not_written_to(size, form, holder, way):
     """The memory of the last combined gradient serves again, but only once nobody uses it."""
     net = Net(SIZES[size], True, False)
     optimizer = DualBalancedOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), net.trunk, **form)
+    optimizer.step(net.losses(0.5))
+    net, optimizer = COPIES[way]((net, optimizer))
     kept = []
     for step in range(4):
         optimizer.zero_grad()
         optimizer.step(net.losses(step + 1.0))
         kept += [(HOLDERS[holder](p), p.grad.clone()) for p in net.trunk]
-        for value, copy in kept if holder != "nothing" else ():
-            assert torch.equal(torch.as_tensor(value).reshape(-1), copy.reshape(-1)[-torch.as_tensor(value).numel() :])
+        for value, copied in kept if holder != "nothing" else ():
+            held = torch.as_tensor(value).reshape(-1)
+            assert torch.equal(held, copied.reshape(-1)[-held.numel() :])
 
 
 @pytest.mark.parametrize("form", [{}, {"beta": 0.0}], ids=str)

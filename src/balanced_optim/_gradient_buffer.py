@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._numbers import Flag, Scalar, accumulation_dtype, joint_norm, real, storage_uses, vector_norm
+from ._numbers import USES_ALONE, Flag, Scalar, accumulation_dtype, joint_norm, real, storage_uses, vector_norm
 
 # A weighted sum is built in pieces of this many elements, which stay in a CPU's cache.
 _SUM_PIECE = 1 << 20
@@ -46,17 +46,16 @@ class _Place:
 class _Row:
     """One flat vector and the views of each parameter into it."""
 
-    __slots__ = ("_own_uses", "flat", "views")
+    __slots__ = ("flat", "views")
 
     def __init__(self, flat: Tensor, places: Sequence[_Place]) -> None:
         self.flat = flat
         self.views = [place.view(flat) for place in places]
-        self._own_uses = storage_uses(flat)
 
     @property
     def lent(self) -> bool:
-        """Whether a tensor outside this object uses the memory."""
-        return storage_uses(self.flat) > self._own_uses
+        """Whether a tensor outside this object uses the memory, which is the row's alone."""
+        return storage_uses(self.flat) > USES_ALONE + len(self.views)
 
 
 class _Segment:
@@ -78,7 +77,7 @@ class _Segment:
         self._proposals: dict[int, tuple[_Row, Scalar]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "places": self.places, "rows": [row.flat.clone() for row in self._rows]}
+        return {"members": self.members, "places": self.places, "rows": [row.flat for row in self._rows]}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]

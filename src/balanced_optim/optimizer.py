@@ -541,6 +541,7 @@ class DualBalancedOptimizer(Optimizer):
             f"{type(self).__name__}(\n  base_optim={inner},\n  shared parameters={len(self._plan.shared)}, "
             f"tasks={progress.tasks}, beta={progress.beta}, beta_decay={progress.beta_decay}, eps={settings.eps}, "
             f"log_transform={settings.log_transform}, norm_target={settings.norm_target!r}, "
-            f"max_weight={settings.max_weight}, task_weights={self._plan.priorities}, "
+            f"max_weight={settings.max_weight}, fade_solved={settings.fade_solved}, "
+            f"task_weights={self._plan.priorities}, vectorize={settings.vectorize}, "
             f"nonfinite={settings.nonfinite!r}\n)"
         )
