@@ -1,4 +1,4 @@
-"""What `max_weight` and `eps` do when one of two tasks is solved: a constructed case, in a few minutes.
+"""What `max_weight`, `eps` and `fade_solved` do when one of two tasks is solved: a constructed case, in a few minutes.
 
 Run from the root of the repository with `python -m benchmarks.run_away`. A hard task (fit a random teacher network)
 shares its trunk with a task that needs no more training, in two ways: a hinge loss that reaches zero on most batches,
@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -24,11 +25,13 @@ from balanced_optim import DualBalancedOptimizer
 from benchmarks.compare import RESULTS, positive_int
 from benchmarks.environment import describe_environment
 
-SETTINGS: dict[str, dict[str, float]] = {
+SETTINGS: dict[str, dict[str, Any]] = {
     "defaults": {},
     "max_weight=3": {"max_weight": 3.0},
     "eps=1e-2": {"eps": 1e-2},
     "eps=1e-2, max_weight=3": {"eps": 1e-2, "max_weight": 3.0},
+    "fade_solved": {"fade_solved": True},
+    "eps=1e-2, fade_solved": {"eps": 1e-2, "fade_solved": True},
 }
 
 

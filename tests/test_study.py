@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchjd")
 
-from benchmarks import methods, study, study_jobs, study_pictures, training
+from benchmarks import methods, overview, study, study_jobs, study_pictures, training
 from benchmarks.data import DATA
 from benchmarks.methods import AGGREGATORS, METHODS, TUNED_WEIGHTS
 from benchmarks.metrics import accuracy
@@ -703,3 +703,15 @@ def test_every_study_has_a_report_and_a_picture(name, folder_of_all_runs):
     quantity = study.WINDOWS_OF.get(name)
     assert (" → " in text) == (quantity is not None)
     assert name in study_pictures.PICTURES or "Cosine between" not in text
+
+
+def test_the_overview_sets_data_sets_side_by_side(tmp_path, capsys):
+    write(tmp_path / "tiny", WITH_FAILURE)
+    overview.main([str(tmp_path)])
+    lines = [line for line in (tmp_path / "overview.md").read_text().splitlines() if line.startswith("| ")]
+    assert lines[0] == "| data | seeds | equal weighting | log only |"
+    assert lines[2] == "| Tiny lines, hard | 2 | +2.5 ± 17.7 | **+16.2 ± 1.8** |"
+    assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit):
+        overview.main([str(tmp_path / "nothing")])
+    assert "run benchmarks.study first" in capsys.readouterr().err
