@@ -9,6 +9,7 @@ from conftest import assert_same
 from torch import nn
 
 from balanced_optim import DualBalancedOptimizer
+from balanced_optim._numbers import is_free
 
 SIZES = {"small": (3, 4), "medium": (160, 128), "large": (1100, 128)}
 FORMS = {
@@ -112,6 +113,7 @@ HOLDERS = {
     "a view": lambda p: p.grad.view(-1)[1:],
     "a detached alias": lambda p: p.grad.detach(),
     "an array": lambda p: p.grad.numpy(),
+    "its storage": lambda p: p.grad.untyped_storage(),
 }
 
 
@@ -136,10 +138,14 @@ def test_a_combined_gradient_that_someone_keeps_is_not_written_to(size, form, ho
     for step in range(4):
         optimizer.zero_grad()
         optimizer.step(net.losses(step + 1.0))
-        kept += [(HOLDERS[holder](p), p.grad.clone()) for p in net.trunk]
-        for value, copied in kept if holder != "nothing" else ():
-            held = torch.as_tensor(value).reshape(-1)
-            assert torch.equal(held, copied.reshape(-1)[-held.numel() :])
+        kept += [(held, contents(held).clone()) for p in net.trunk if (held := HOLDERS[holder](p)) is not None]
+        assert all(torch.equal(contents(held), copied) for held, copied in kept)
+
+
+def contents(held):
+    if isinstance(held, torch.UntypedStorage):
+        return torch.empty(0, dtype=torch.float64).set_(held)
+    return torch.as_tensor(held)
 
 
 @pytest.mark.parametrize("form", [{}, {"beta": 0.0}], ids=str)
@@ -154,6 +160,28 @@ def test_the_combined_gradient_takes_no_fresh_memory(form):
         optimizer.step(net.losses(step + 1.0))
         places.add(net.position.grad.data_ptr())
     assert len(places) <= (3 if "beta" not in form else 1)
+
+
+@pytest.mark.parametrize("form", [{}, {"beta": 0.0}], ids=str)
+def test_a_combined_gradient_whose_memory_was_given_back(form):
+    net = Net(SIZES["large"], True, False)
+    optimizer = DualBalancedOptimizer(torch.optim.SGD(net.parameters(), lr=0.05), net.trunk, **form)
+    for step in range(4):
+        optimizer.zero_grad()
+        optimizer.step(net.losses(step + 1.0))
+        assert all(p.grad.isfinite().all() for p in net.trunk)
+        net.position.grad.untyped_storage().resize_(0)
+
+
+def test_memory_that_another_process_may_use_is_not_free():
+    tensor = torch.ones(5)
+    assert is_free(tensor)
+    view = tensor[1:]
+    assert not is_free(tensor)
+    assert is_free(tensor, 2)
+    del view
+    tensor.share_memory_()
+    assert not is_free(tensor)
 
 
 @pytest.mark.parametrize("form", [{}, {"beta": 0.0}], ids=str)

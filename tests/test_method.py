@@ -575,6 +575,25 @@ def test_a_solved_task_fades(keywords):
     torch.testing.assert_close(parameter.grad, balance.weights * balance.norms)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.9])
+def test_a_loss_just_below_zero_has_faded(beta):
+    parameter = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = DualBalancedOptimizer(SGD([parameter], lr=1.0), [parameter], beta=beta, eps=0.1, fade_solved=True)
+    optimizer.backward(list(parameter + torch.tensor([-0.05, 1.0], dtype=torch.float64)))
+    assert optimizer.last_balance.weights[0] == 0
+    assert parameter.grad[0] == 0
+    assert parameter.grad[1] > 0
+
+
+def test_scales_far_apart_leave_the_sum_exact():
+    """A solved task's factor may be denormal in float32."""
+    for solved in (1e-38, 1e-40, 3e-42):
+        parameter = nn.Parameter(torch.zeros(2))
+        optimizer = DualBalancedOptimizer(SGD([parameter], lr=1.0), [parameter], beta=0, fade_solved=True)
+        optimizer.backward([1 + 1e-3 * parameter[0], parameter[1] + solved])
+        assert parameter.grad[0].item() == pytest.approx(1e8, rel=1e-5)
+
+
 def test_fading_changes_nothing_far_above_eps():
     plain, faded = (run_of_steps({"eps": 1e-30, "fade_solved": fade_solved}) for fade_solved in (False, True))
     assert all(torch.equal(a, b) for a, b in zip(plain, faded, strict=True))

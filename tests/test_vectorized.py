@@ -84,6 +84,7 @@ def test_micro_batches_and_a_scaler(beta):
 def test_the_shared_part_runs_once_and_each_head_once():
     model = cases.build("mlp")
     optimizer = DualBalancedOptimizer(model.optimizer(SGD, lr=0.01), model.trunk, vectorize=True)
+    optimizer.step(model.losses(0))  # the first batch is checked by another pass
     for vectorized, passes in ((True, 1), (False, 3)):
         optimizer._progress.vectorizes = vectorized
         seen = {"trunk": 0, "head": 0}
@@ -210,6 +211,149 @@ def test_what_cannot_be_vectorized_is_said_once_and_made_one_by_one():
     assert not runs[0][1]._progress.vectorizes
 
 
+def ends_of(build, steps=2, **options):
+    """Gradients and parameters, vectorized and not; `build` returns the parameters, the shared ones, the losses."""
+    for vectorize in (True, False):
+        torch.manual_seed(0)
+        parameters, shared, losses = build()
+        optimizer = DualBalancedOptimizer(torch.optim.AdamW(parameters, lr=0.1), shared, vectorize=vectorize, **options)
+        for _ in range(steps):
+            optimizer.zero_grad()
+            optimizer.step(losses())
+        yield optimizer, [p.grad for p in parameters], parameters
+
+
+def assert_equal_ends(build, **options):
+    (optimizer, grads, parameters), (_, expected, others) = ends_of(build, **options)
+    for mine, theirs in zip([*grads, *parameters], [*expected, *others], strict=True):
+        assert (mine is None) == (theirs is None)
+        if mine is not None:
+            torch.testing.assert_close(mine, theirs)
+    return optimizer
+
+
+def trunk_and_heads(tasks=2):
+    trunk, heads = nn.Linear(4, 5), nn.ModuleList([nn.Linear(5, 1) for _ in range(tasks)])
+    return trunk, heads, [*trunk.parameters(), *heads.parameters()]
+
+
+@pytest.mark.parametrize("where", ["features", "a leaf that tasks enter"])
+def test_a_hook_where_tasks_enter_counts_once(where):
+    """As with gradient reversal by a hook."""
+
+    def build():
+        trunk, heads, parameters = trunk_and_heads()
+        weight = nn.Parameter(torch.randn(5))
+        if where != "features":
+            weight.register_hook(lambda gradient: 0.5 * gradient)
+
+        def losses():
+            features = torch.tanh(trunk(torch.randn(6, 4)))
+            if where == "features":
+                features.register_hook(lambda gradient: -0.1 * gradient)
+                return [(head(features) - 1).square().mean() + weight.square().sum() for head in heads]
+            return [(weight - 1).square().sum(), (weight + 2).square().mean()]
+
+        return [*parameters, weight], [weight] if where != "features" else list(trunk.parameters()), losses
+
+    assert assert_equal_ends(build)._progress.vectorizes
+
+
+def test_an_operation_whose_vectorized_form_is_wrong_is_found():
+    def build():
+        trunk = nn.Linear(4, 4)
+
+        def losses():
+            distances = torch.cdist(trunk(torch.randn(6, 4)), torch.randn(6, 4))
+            return [(distances - k).square().mean() for k in (1, 2, 4)]
+
+        return list(trunk.parameters()), trunk, losses
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer = assert_equal_ends(build)
+    said = [str(w.message) for w in caught if "made one by one" in str(w.message)]
+    assert len(said) == (not optimizer._progress.vectorizes)
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("kind", ["constant", "sum"])
+def test_rows_that_are_one_memory_are_taken_apart(kind, scaled):
+    """Gradients that do not depend on the task, or on the element, come expanded from torch.vmap."""
+    ends = []
+    for vectorize in (True, False):
+        torch.manual_seed(0)
+        trunk, heads, parameters = trunk_and_heads(3)
+        common = nn.Parameter(torch.randn(5))
+        if kind == "constant":
+            common.register_hook(lambda gradient: torch.ones(5))
+        base = SGD([*parameters, common], lr=0.1)
+        optimizer = DualBalancedOptimizer(base, trunk, vectorize=vectorize)
+        scaler = torch.amp.GradScaler("cpu", init_scale=8.0) if scaled else None
+        features = torch.tanh(trunk(torch.randn(6, 4)))
+        part = 0.1 * common.sum() if kind == "sum" else (0.1 * common).square().mean()
+        optimizer.backward([head(features).square().mean() + part + 9 for head in heads], scaler)
+        ends.append([p.grad for p in [*parameters, common]])
+        assert not vectorize or optimizer._progress.vectorized
+    for mine, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
+class StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, code):  # noqa: ARG004
+        return x + code
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.variable = "a name like that of a leaf"
+        return gradient, None
+
+
+def test_a_gradient_that_a_function_leaves_out_is_none():
+    def build():
+        trunk, heads, parameters = trunk_and_heads()
+        code = nn.Parameter(torch.ones(5))
+
+        def losses():
+            features = StraightThrough.apply(torch.tanh(trunk(torch.randn(6, 4))), code)
+            return [(head(features) - 1).square().mean() for head in heads]
+
+        return [*parameters, code], [*trunk.parameters(), code], losses
+
+    with pytest.warns(UserWarning, match="no task reaches 1 of the shared parameters"):
+        assert assert_equal_ends(build)._progress.vectorizes
+
+
+def test_a_bad_branch_spoils_only_the_tasks_that_use_it():
+    def build():
+        trunk = nn.Linear(4, 5)
+
+        def losses():
+            z = trunk(torch.randn(6, 4))
+            good, bad = torch.tanh(z), (z * 0).sqrt()
+            return [(good + bad - 1).square().mean(), (good - 2).square().mean(), (bad - 1).square().mean()]
+
+        return list(trunk.parameters()), trunk, losses
+
+    optimizer = assert_equal_ends(build, nonfinite="ignore", steps=1)
+    assert optimizer.last_balance.weights.tolist() == [0, 1, 0]
+
+
+def test_what_a_hook_on_a_head_keeps_is_not_written_to():
+    trunk, heads, parameters = trunk_and_heads()
+    kept = []
+    heads[0].weight.register_hook(kept.append)
+    optimizer = DualBalancedOptimizer(SGD(parameters, lr=0.1), trunk, vectorize=True)
+    for _ in range(2):
+        kept.clear()
+        features = torch.tanh(trunk(torch.randn(6, 4)))
+        optimizer.backward([(head(features) - 1).square().mean() for head in heads])
+    before = [gradient.clone() for gradient in kept]
+    nn.utils.clip_grad_norm_(parameters, 1e-3)
+    assert all(torch.equal(old, new) for old, new in zip(before, kept, strict=True))
+
+
 def test_a_used_graph_is_the_callers_mistake_and_not_the_networks():
     model, optimizer = next(two({}))
     losses = model.losses(0)
@@ -226,7 +370,7 @@ def test_a_used_graph_is_the_callers_mistake_and_not_the_networks():
 @pytest.mark.parametrize("nonfinite", ["raise", "skip", "ignore"])
 @pytest.mark.parametrize("where", ["head", "trunk"])
 def test_a_gradient_that_is_not_finite(where, nonfinite):
-    """It is found task by task: a bad head spoils its own task only."""
+    """It is found task by task by single passes, and the next batch is vectorized again."""
     ends = []
     for vectorize in (True, False):
         model = cases.build("mlp")
@@ -237,13 +381,18 @@ def test_a_gradient_that_is_not_finite(where, nonfinite):
         optimizer.zero_grad()
         before = copy.deepcopy(model.state_dict())
         losses = model.losses(1)
-        poison = model.heads[1].weight if where == "head" else model.trunk[0].weight
         # sqrt at 0 has an infinite slope behind a finite value.
-        losses["t1"] = losses["t1"] + (poison * 0).sqrt().sum()
+        if where == "head":
+            losses["t1"] = losses["t1"] + (model.heads[1].weight * 0).sqrt().sum()
+        else:
+            handle = model.trunk.register_forward_hook(lambda module, args, output: output + (output * 0).sqrt())
+            losses = model.losses(1)
+            handle.remove()
         if nonfinite == "raise":
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                with pytest.raises(RuntimeError, match="gradient of task 't1' must be finite"):
+                bad = "t1" if where == "head" else "t0"
+                with pytest.raises(RuntimeError, match=f"gradient of task '{bad}' must be finite"):
                     optimizer.step(losses)
             assert_same(before, model.state_dict())
         else:
@@ -251,6 +400,7 @@ def test_a_gradient_that_is_not_finite(where, nonfinite):
                 warnings.simplefilter("ignore")
                 optimizer.step(losses)
             assert optimizer.last_balance.skipped == (nonfinite == "skip")
+        assert optimizer._progress.vectorizes
         ends.append(list(model.parameters()))
     for mine, theirs in zip(*ends, strict=True):
         torch.testing.assert_close(mine, theirs)

@@ -32,7 +32,7 @@ from ._task_gradients import (
     where_ok,
 )
 from ._task_losses import TaskLosses, acceptable, cotangents, describe_bad_loss
-from ._vectorized import vectorized_passes
+from ._vectorized import check_vectorized, vectorized_passes
 
 Result = TypeVar("Result")
 
@@ -243,10 +243,10 @@ class Batch:
             # No task was there. A scaler needs some .grad to look at, and nothing must come of it.
             self._signal(0.0)
             progress.skip_next_step = True
+        progress.vectorizes = progress.vectorizes and not self._not_vectorized
         if complete:
             self._warn_of_unreached()
         if self._not_vectorized:
-            progress.vectorizes = False
             warnings.warn(
                 "vectorize=True, but the passes of this network cannot be made as one; they are made one by one: "
                 f"{self._not_vectorized}",
@@ -408,23 +408,33 @@ class Batch:
         return found
 
     def _vectorize(self, running: Sequence[int]) -> dict[int, list[Tensor | None]]:
-        """The gradients of all tasks from one vectorized pass; nothing where that cannot be or does not pay."""
+        """The gradients of all tasks from one vectorized pass; nothing where that cannot be."""
         tasks = [task for task in running if self.losses.losses[task] is not None]
         if len(tasks) < 2:
             return {}
         outside = self._ranks.outside(self.losses.given, self.parameters)
+        everything = [*self.parameters, *outside]
+        losses, starts = [self.losses.loss(task) for task in tasks], [self.starts[task] for task in tasks]
+        names = [self.losses.names[task] for task in tasks]
         try:
-            found = vectorized_passes(
-                [self.losses.loss(task) for task in tasks],
-                [self.starts[task] for task in tasks],
-                [self.losses.names[task] for task in tasks],
-                [*self.parameters, *outside],
-            )
+            found = vectorized_passes(losses, starts, names, everything)
+            # Branches that a task does not use get zeros, and 0 * inf would spoil a good task: then one by one.
+            if not _all([joint_size([g for g in row if g is not None], self.store.device) < math.inf for row in found]):
+                return {}
+            if not self._progress.vectorized:
+                check_vectorized(losses[-1], starts[-1], names[-1], everything, found[-1])
         except RuntimeError as error:
             # If the passes one by one fail too, it was not for the want of a vectorized form.
             self._not_vectorized = str(error)
             return {}
+        self._progress.vectorized = True
         number = len(self.parameters)
+        for gradients in found:
+            for position in self._heads:
+                gradient = gradients[position]
+                if gradient is not None:
+                    # A row of a stack would keep all of it.
+                    gradients[position] = owned(gradient)
         for gradients in found:
             for leaf, gradient in zip(outside, gradients[number:], strict=True):
                 if gradient is not None:

@@ -14,7 +14,7 @@ from weakref import WeakSet
 
 from torch import Tensor
 
-from ._task_gradients import REMEDY, graph, joint_size, put_gradients, take_gradients
+from ._task_gradients import REMEDY, graph, joint_size, leaf_of, put_gradients, take_gradients
 
 TakePass = Callable[..., list[Tensor | None]]
 
@@ -52,7 +52,7 @@ def check_replay(
         new = {type(node) for node in nodes if type(node).__name__ == "CompiledFunctionBackward"} - set(_verified)
         if not new or not start.isfinite():
             continue
-        outside = [variable for node in nodes if (variable := getattr(node, "variable", None)) is not None]
+        outside = [leaf for node in nodes if (leaf := leaf_of(node)) is not None]
         everything = list({id(tensor): tensor for tensor in [*parameters, *outside]}.values())
         before = take_gradients(everything)
         try:

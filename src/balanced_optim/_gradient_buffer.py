@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._numbers import USES_ALONE, Flag, Scalar, accumulation_dtype, joint_norm, real, storage_uses, vector_norm
+from ._numbers import Flag, Scalar, accumulation_dtype, is_free, joint_norm, real, vector_norm
 
 # A weighted sum is built in pieces of this many elements, which stay in a CPU's cache.
 _SUM_PIECE = 1 << 20
@@ -53,9 +53,9 @@ class _Row:
         self.views = [place.view(flat) for place in places]
 
     @property
-    def lent(self) -> bool:
-        """Whether a tensor outside this object uses the memory, which is the row's alone."""
-        return storage_uses(self.flat) > USES_ALONE + len(self.views)
+    def free(self) -> bool:
+        """Whether nothing outside this object uses the memory."""
+        return is_free(self.flat, 1 + len(self.views))
 
 
 class _Segment:
@@ -67,7 +67,7 @@ class _Segment:
     1,024 elements, which is more than the sums themselves.
     """
 
-    def __init__(self, members: list[int], places: list[_Place], rows: Sequence[Tensor]) -> None:
+    def __init__(self, members: list[int], places: list[_Place], rows: Sequence[Tensor] | Tensor) -> None:
         self.members = members
         self.places = places
         self.on_cpu = rows[0].is_cpu
@@ -77,7 +77,9 @@ class _Segment:
         self._proposals: dict[int, tuple[_Row, Scalar]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "places": self.places, "rows": [row.flat for row in self._rows]}
+        rows = self.rows()
+        # On an accelerator in one block again.
+        return {"members": self.members, "places": self.places, "rows": rows if self.on_cpu else torch.stack(rows)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -151,9 +153,8 @@ class _Segment:
         return _sum_rows(self.proposed_rows(), weights, torch.empty_like(first, dtype=dtype))
 
     def _spare(self) -> _Row:
-        lent = self._lent
-        if lent is not None and not lent.lent:
-            self._spares.append(lent)
+        if self._lent is not None and self._lent.free:
+            self._spares.append(self._lent)
             self._lent = None
         return self._spares.pop() if self._spares else _Row(torch.zeros_like(self._rows[0].flat), self.places)
 

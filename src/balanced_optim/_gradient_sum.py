@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._numbers import USES_ALONE, Flag, Scalar, joint_norm, real, stack_scalars, storage_uses, vector_norm
+from ._numbers import Flag, Scalar, is_free, joint_norm, real, stack_scalars, vector_norm
 from ._task_gradients import where_ok
 
 # A CPU's norm of a gradient of at least this many elements is summed piece by piece.
@@ -96,9 +96,14 @@ class GradientSum:
         Fresh memory would cost a page fault every 1,024 elements, more than the sum itself.
         """
         last = self._last[index] if self._last else None
-        if last is not None and gradient.is_cpu and storage_uses(last) == USES_ALONE:
+        if last is not None and last.is_cpu and is_free(last):
             self._last[index] = None
-            if last.dtype == gradient.dtype and last.shape == gradient.shape and last.stride() == gradient.stride():
+            if (
+                last.device == gradient.device
+                and last.dtype == gradient.dtype
+                and last.shape == gradient.shape
+                and last.stride() == gradient.stride()
+            ):
                 return last
         return torch.empty_like(gradient)
 
@@ -150,10 +155,11 @@ class GradientSum:
     def weighted_sum(self, weights: Tensor) -> list[Tensor | None]:
         """The sum for each parameter, None where no task reached it; starts a new sum."""
         scales = stack_scalars(list(self._scales.values()), weights.dtype, weights.device)
-        # Every ratio is alpha in units of the reference; a task that does not count has scale 0.
+        # Every ratio is alpha in units of the reference, that of the largest scale the most exact; 0 if no task counts.
         each = weights.unbind()
         ratios = torch.stack([each[task] for task in self._scales]) / scales
-        factor = torch.where(scales > 0, ratios, torch.zeros_like(ratios)).amax()
+        best = scales.argmax(keepdim=True)
+        factor = torch.where(scales > 0, ratios, torch.zeros_like(ratios)).gather(0, best).squeeze(0)
         self._last = self._total
         self.forget_batch()
         # Views, so that the use of the memory can be seen.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from functools import cache
 
@@ -76,10 +77,17 @@ def stack_scalars(values: Sequence[Scalar], dtype: torch.dtype, device: torch.de
 
 
 def storage_uses(tensor: Tensor) -> int:
-    """How many tensors hold the tensor's memory; the same number more in some releases of torch than in others."""
-    uses: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return uses
+    """How many tensors, and variables that hold its storage, use the tensor's memory, and a number that is fixed."""
+    storage = tensor.untyped_storage()
+    uses: int = torch._C._storage_Use_Count(storage._cdata)
+    return uses + sys.getrefcount(storage)
 
 
 # For a tensor on its own.
 USES_ALONE = storage_uses(torch.empty(1))
+
+
+def is_free(tensor: Tensor, own_uses: int = 1) -> bool:
+    """Whether a CPU tensor's memory is whole and used by nothing but `own_uses` tensors, here or in another process."""
+    whole = tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
+    return whole and storage_uses(tensor) == USES_ALONE + own_uses - 1 and not tensor.is_shared()  # type: ignore[no-untyped-call]

@@ -70,6 +70,7 @@ class Progress:
         pending: `.grad` holds a batch that no step has used.
         skip_next_step: the latest batch was left out, so its step is too.
         vectorizes: False once a vectorized pass was not possible.
+        vectorized: one was made and checked.
     """
 
     beta: float
@@ -87,6 +88,7 @@ class Progress:
     pending: bool = False
     skip_next_step: bool = False
     vectorizes: bool = True
+    vectorized: bool = False
 
     def start_anew(self, names: tuple[str, ...] | None) -> None:
         """Forget averages, counts and the record of the last step; `names` given by the constructor stay."""

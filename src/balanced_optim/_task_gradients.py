@@ -59,7 +59,16 @@ def graph(losses: Sequence[Tensor]) -> list[Node]:
 
 def leaves(losses: Sequence[Tensor]) -> list[Tensor]:
     """Every leaf tensor that a backward pass from `losses` would give a gradient to, in no particular order."""
-    return [variable for node in graph(losses) if (variable := getattr(node, "variable", None)) is not None]
+    return [leaf for node in graph(losses) if (leaf := leaf_of(node)) is not None]
+
+
+def leaf_of(node: Node) -> Tensor | None:
+    """The leaf that the node accumulates a gradient into; None for any other node, whatever its attributes."""
+    leaf: Tensor | None = node.variable if node.name() == _ACCUMULATES else None  # type: ignore[attr-defined]
+    return leaf
+
+
+_ACCUMULATES = "torch::autograd::AccumulateGrad"
 
 
 def starts_of(losses: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:

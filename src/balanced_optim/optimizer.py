@@ -85,8 +85,8 @@ class DualBalancedOptimizer(Optimizer):
         max_weight: cap on a task's weight before `task_weights`. 1 keeps the log only, None has no cap.
         fade_solved: True multiplies w_t by ``loss_t / (loss_t + eps)``. Under the log eps makes the gradient of a task
             vanish whose loss has gone far below it, and the rescale blows what is left, noise, up to full size; so it
-            fades instead. Tasks whose losses stay far above eps notice nothing. Before the cap of `max_weight`. Not in
-            the paper.
+            fades instead. Tasks whose losses stay far above eps notice nothing. alpha is still taken over all tasks.
+            Before the cap of `max_weight`. Not in the paper.
         task_weights: priorities >= 0, multiplied in after the rescale; a sequence of T, or a mapping by task
             name, which fixes the names.
         norm_params: a subset of the shared parameters on which norms are measured, as in GradNorm: best the last
@@ -98,13 +98,16 @@ class DualBalancedOptimizer(Optimizer):
             that count, shape (T, n), to the combined gradient, shape (n,), such as TorchJD's aggregators; with beta=0
             from the gradients themselves. Columns are the shared parameters in the order given, each flattened.
             `task_weights` multiply the rows. What it keeps in its attributes (numbers, tensors, arrays) goes into the
-            state dict. Memory: 3 T * n scalars. Not with `norm_params`, `max_weight` or sharded averages.
+            state dict. Memory: 3 T * n scalars. Not with `norm_params`, `max_weight`, `fade_solved` or sharded
+            averages.
         vectorize: True takes the T passes through what several tasks share as one under `torch.vmap`, after a short
             pass of each task through its own head. It pays where a network of many small layers has many tasks: there
             the time goes into starting kernels. Elsewhere it costs: measure. Memory: T * n scalars more, and the graph
-            lives until the losses go. Hooks that wait for `.grad` do not run. Where the network cannot be vectorized
-            (a warning says why, once), and for micro-batches in `accumulate`, passes are made one by one. Not with
-            `norm_params` or FSDP2.
+            lives until the losses go. Hooks on tensors see all tasks' gradients at once and must not keep them; those
+            that wait for `.grad` do not run. The first batch is checked by one more pass. Where the network cannot be
+            vectorized (a warning says why, once), and for micro-batches in `accumulate`, passes are made one by one;
+            also in a batch with a gradient that is not finite, which the host waits to know. Not with `norm_params` or
+            FSDP2.
         ema_dtype: dtype of the averages; None takes float32, or float64 for float64 parameters.
             torch.bfloat16 halves their memory; sums and norms are still taken in float32.
         nonfinite: what to do with a loss that is not finite (or <= -eps under the log) or a gradient that is
