@@ -38,7 +38,7 @@ class _Own:
 
 def vectorized_passes(
     losses: Sequence[Tensor], cotangents: Sequence[Tensor], names: Sequence[str], parameters: Sequence[Tensor]
-) -> list[list[Tensor | None]]:
+) -> list[list[Tensor | None]] | None:
     """What `take_grad` gives for one loss after the other, but the shared part runs once under `torch.vmap`.
 
     A network of many small layers spends its time on starting kernels, T times as many in T passes; here each works
@@ -50,6 +50,11 @@ def vectorized_passes(
         cotangents: one scalar each.
         names: their tasks, for messages.
         parameters: whose gradients are wanted.
+
+    Returns:
+        A list a loss of a gradient, or None, a parameter. None where something is not finite, which is not known to be
+        any task's fault: a task gets zeros through branches that it does not use, and 0 * inf spoils it. The host waits
+        for the device to know.
 
     Raises:
         RuntimeError: some gradient has no vectorized form; or tasks enter the shared part at several depths, where what
@@ -72,8 +77,11 @@ def vectorized_passes(
             if edge not in entering:
                 entering[edge] = flow.new_zeros(len(losses), *flow.shape)
             entering[edge][task] = flow
-    wanted = [leaf for leaf in common if id(leaf) in places]
-    for leaf, rows in _shared_pass(entering, wanted):
+    stacks = list(_shared_pass(entering, [leaf for leaf in common if id(leaf) in places]))
+    own = [gradient for gradients in found for gradient in gradients if gradient is not None]
+    if not _finite([*own, *[rows for _, rows in stacks]]):
+        return None
+    for leaf, rows in stacks:
         for task, gradient in enumerate(rows.unbind()):
             if id(leaf) in parts[task].below:
                 found[task][places[id(leaf)]] = gradient
@@ -121,6 +129,14 @@ def _own_pass(
     with _read_behind(part.border, read):
         gradients = torch.autograd.grad([loss], inputs, [start], retain_graph=True, allow_unused=True)
     return gradients[: len(leaves)], flows
+
+
+def _finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether all elements are finite; one wait for each dtype and device."""
+    alike: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
+    for tensor in tensors:
+        alike.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    return all(bool(torch.stack(torch._foreach_norm(group)).sum().isfinite()) for group in alike.values())
 
 
 @contextmanager
