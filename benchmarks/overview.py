@@ -94,7 +94,7 @@ def lines_of(data: str, records: Iterable[Record]) -> list[Line]:
 
 def text(lines: Sequence[Line]) -> str:
     """Return the table in Markdown, the best method of each line in bold."""
-    used = [method for method in METHODS if any(method in line.spreads for line in lines)]
+    used = _used(lines)
     body = []
     for line in lines:
         best = max(spread.mean for spread in line.spreads.values())
@@ -111,6 +111,10 @@ def text(lines: Sequence[Line]) -> str:
     )
 
 
+def _used(lines: Sequence[Line]) -> list[str]:
+    return [method for method in METHODS if any(method in line.spreads for line in lines)]
+
+
 def _cell(spread: Spread | None, best: float) -> str:
     if spread is None:
         return "–"
@@ -121,7 +125,7 @@ def _cell(spread: Spread | None, best: float) -> str:
 
 def save_picture(path: Path, lines: Sequence[Line]) -> None:
     """Draw a panel a data set, each with its own scale: a point for the mean, a whisker for the deviation."""
-    used = [method for method in METHODS if any(method in line.spreads for line in lines)]
+    used = _used(lines)
     columns = min(4, len(lines))
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(2.0 + 2.4 * columns, 2.7 * -(-len(lines) // columns)), layout="constrained")

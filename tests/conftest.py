@@ -112,3 +112,11 @@ def assert_same(actual, expected, where="value"):
             assert_same(one, other, f"{where}[{index}]")
     else:
         assert actual == expected, where
+
+
+@pytest.fixture
+def group():
+    """A process group of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield torch.distributed.group.WORLD
+    torch.distributed.destroy_process_group()

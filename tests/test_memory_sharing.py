@@ -201,13 +201,6 @@ def test_gradients_that_stay_are_added_to(form):
     torch.testing.assert_close(*grads)
 
 
-@pytest.fixture
-def group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield torch.distributed.group.WORLD
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("way", ["scaler", "micro-batches"])
 @pytest.mark.parametrize("form", ["single passes", "group", "vectorized"])
 def test_one_gradient_of_two_terms_is_not_changed_twice(form, way, request):

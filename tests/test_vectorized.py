@@ -46,13 +46,6 @@ def follow(runs, step):
         )
 
 
-@pytest.fixture
-def group():
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
-    yield torch.distributed.group.WORLD
-    torch.distributed.destroy_process_group()
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_steps_are_those_of_single_passes(form, request):
     options = dict(FORMS[form])

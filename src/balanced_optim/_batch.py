@@ -434,7 +434,6 @@ class Batch:
                 if gradient is not None:
                     # A row of a stack would keep all of it.
                     gradients[position] = owned(gradient)
-        for gradients in found:
             for leaf, gradient in zip(outside, gradients[number:], strict=True):
                 if gradient is not None:
                     leaf.grad = add_gradients(leaf.grad, owned(gradient))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from ._messages import Message, rows_of
 from ._numbers import Flag, Scalar, accumulation_dtype
-from ._task_gradients import leaves, owned, raw_pass, take_grad, take_pass
+from ._task_gradients import apart, leaves, raw_pass, take_grad, take_pass
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -569,7 +569,7 @@ class Shards(Ranks):
         found = raw_pass(losses, cotangents, names, parameters, retain_graph=retain_graph)
         if all(gradient is None for gradient in found):
             raise ValueError(f"tasks {list(names)} must reach a sharded parameter, but none got a gradient{self.hint}")
-        return [None if g is None else owned(_dtensor(g).to_local() if _is_dtensor(g) else g) for g in found]
+        return apart([None if g is None else _dtensor(g).to_local() if _is_dtensor(g) else g for g in found])
 
     def wrap(self, gradient: Tensor, parameter: Tensor) -> Tensor:
         """A DTensor laid out like the parameter."""

@@ -183,7 +183,7 @@ class DualBalancedOptimizer(Optimizer):
             aggregator,
             norm_params=norm_params,
             max_weight=max_weight,
-            fade_solved=fade_solved or None,
+            fade_solved=fade_solved,
             shard_averages=shard_averages,
         )
         self.base_optim = base_optim
