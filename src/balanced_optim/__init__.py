@@ -15,10 +15,10 @@
 Source: Lin et al., "Dual-Balancing for Multi-Task Learning", arXiv 2308.12029, Neural Networks 195 (2026).
 """
 
-from ._balance import Balance
-from ._gradient_buffer import FlatGradientBuffer
+from ._rule import Balance
+from ._store import FlatGradientBuffer
 from .optimizer import DualBalancedOptimizer
 
 __all__ = ["Balance", "DualBalancedOptimizer", "FlatGradientBuffer"]
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

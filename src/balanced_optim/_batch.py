@@ -1,52 +1,447 @@
-"""One batch on its way from losses to gradients: what `backward` does, in the order of the calls."""
+"""One batch on its way from the caller's losses to `.grad`: what `backward` and `accumulate` do, stage by stage.
+
+read -> (meeting of the ranks) -> batch -> source -> stages -> form -> verdict -> commit
+"""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from ._accumulation import MicroBatches, no_micro_batches, sums_with
-from ._aggregation import Aggregator, combine, cut, matrix_of, recall
-from ._balance import Balance, balance_weights, unsolved_shares
-from ._compiled import check_replay
-from ._distributed import Alone, Totals
-from ._gradient_buffer import FlatGradientBuffer
-from ._numbers import Flag, Scalar, stack_scalars
-from ._plan import Plan, Progress
-from ._task_gradients import (
-    add_gradients,
-    at_once,
-    joint_size,
-    owned,
-    put_gradients,
-    take_gradients,
-    unscaled,
-    where_ok,
-)
-from ._task_losses import TaskLosses, acceptable, cotangents, describe_bad_loss
-from ._vectorized import check_vectorized, vectorized_passes
-
-Result = TypeVar("Result")
+from ._aggregator import Aggregator, aggregated_step
+from ._graph import check_replay, outside_of, unverified
+from ._losses import Losses, Samples, TaskLosses, describe_bad_loss, read_losses, read_samples
+from ._members import Layout, Members
+from ._meeting import Alone, Ranks, Totals
+from ._micro_batches import Means, MicroBatches, means, no_micro_batches, sums_with, with_earlier
+from ._numbers import Scalar, on_device
+from ._one_backward import is_measured, joint_pass, one_backward_step, outside_heads, with_joint_earlier
+from ._passes import Pass, Passes, set_aside
+from ._processes import ALONE, Processes, is_one_of_several
+from ._rule import Balance, Rule, Terms, schedule
+from ._scaling import Held, check_unscaled, scale_of, unscaled
+from ._state import Averages, Pending, State, Store, new_averages, say_once
+from ._step import Batch, Step, by_parameter, count, exact_step, gradients_of, put, task_passes
+from ._store import FlatGradientBuffer, RunningSum
 
 
-class RefusedBatchError(Exception):
-    """A batch that cannot be used; its only argument is the error that the user sees under ``nonfinite="raise"``."""
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the constructor fixed, beside the rule and the parameters."""
+
+    rule: Rule
+    nonfinite: str
+    refresh_every: int
+    ema_dtype: torch.dtype | None
+    aggregator: Aggregator | None
 
 
-class OverflowedBatchError(Exception):
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What one optimizer is made of; the parts change, the record does not."""
+
+    settings: Settings
+    members: Members
+    state: State
+    pending: Pending
+    processes: Processes
+
+    def layout(self, base_optim: Optimizer) -> Layout:
+        """The parameters as they are now."""
+        layout = self.members.layout(base_optim)
+        moved, known = self.members.replaced, self.state.averages
+        if moved:
+            reached = [moved.get(parameter, parameter) for parameter in self.state.reached]
+            self.state.reached.clear()
+            self.state.reached.update(reached)
+            if known is not None:
+                known.rows[:] = [moved.get(parameter, parameter) for parameter in known.rows]
+            moved.clear()
+        return layout
+
+
+def new_store(parts: Parts, layout: Layout, ranks: Alone, tasks: int) -> Store:
+    """Rows where the method looks at all gradients at once or again later, else a running sum."""
+    settings, rule = parts.settings, parts.settings.rule
+    averaged = [parameter.detach() for parameter in ranks.parts(layout.averaged)]
+    device = averaged[0].device if averaged else layout.parameters[0].device
+    # Where every rank has whole rows there is nothing to agree on.
+    own = ranks if ranks.agrees else ALONE
+    if parts.state.beta > 0 or not rule.streams or parts.members.joint or settings.aggregator is not None:
+        return FlatGradientBuffer(averaged, tasks, settings.ema_dtype, own, device)
+    return RunningSum(averaged, own, rule.norm_target is not None, device)
+
+
+def averages_for(parts: Parts, names: tuple[str, ...], named: bool, layout: Layout, ranks: Alone) -> Averages:
+    """The averages as they are; new ones before the first batch; with more rows where a parameter was thawed."""
+    known, state = parts.state.averages, parts.state
+    if known is None:
+        store = new_store(parts, layout, ranks, len(names))
+        return new_averages(names, named, store, list(layout.averaged), state.task_weights)
+    if len(known.rows) == len(layout.averaged) and all(a is b for a, b in zip(known.rows, layout.averaged, strict=True)):
+        return known
+    store = new_store(parts, layout, ranks, len(names))
+    if isinstance(store, FlatGradientBuffer) and isinstance(known.store, FlatGradientBuffer):
+        old = dict(zip(known.rows, known.store.averages(), strict=True))
+        store.load_averages([old.get(parameter, [None] * len(names)) for parameter in layout.averaged])
+    return replace(known, store=store, rows=list(layout.averaged))
+
+
+# ------------------------------------------------- what the caller hands in
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """One call's losses, and what all ranks have of them."""
+
+    losses: TaskLosses
+    samples: list[float]
+    scale: Scalar | None
+    values: Tensor
+    marked: list[bool]
+    totals: Totals | None
+
+
+def read(parts: Parts, layout: Layout, ranks: Alone, losses: Losses, scaler: Any, samples: Samples) -> Given:
+    """What the caller handed in, checked; nothing is changed."""
+    state, pending, rule = parts.state, parts.pending, parts.settings.rule
+    tasks = state.tasks or pending.tasks
+    batch = read_losses(losses, tasks, state.named if state.tasks else pending.named)
+    if state.task_weights is not None and len(state.task_weights) != len(batch.names):
+        raise ValueError(
+            f"losses must have {len(state.task_weights)} entries, one for each of task_weights, got {len(batch.names)}"
+        )
+    check_log_transform(rule, batch.names)
+    if scaler is not None and not isinstance(scaler, torch.amp.GradScaler):
+        raise TypeError(
+            f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}; under bf16 leave it out"
+        )
+    if (scaler is not None and scaler.is_enabled()) or (pending.balance is None and pending.micro_batches is None):
+        check_unscaled(batch, scaler if scaler is not None and scaler.is_enabled() else None, rule.logs(batch.names))
+    device = device_of(layout)
+    counted = read_samples(samples, batch, may_be_zero=isinstance(ranks, Ranks))
+    marked = [bool(new) for new in unverified(batch.losses)]
+    return Given(batch, counted, scale_of(scaler, device), batch.values(device), marked, None)
+
+
+def device_of(layout: Layout) -> torch.device:
+    """Where vectors of T values live."""
+    return (layout.averaged or layout.parameters)[0].device
+
+
+def check_log_transform(rule: Rule, names: Sequence[str]) -> None:
+    """Raise ValueError where `log_transform` is of other tasks."""
+    logs = rule.log_transform
+    unknown = [name for name in logs if name not in names] if hasattr(logs, "keys") else []  # type: ignore[union-attr]
+    if unknown:
+        raise ValueError(f"log_transform names the unknown task {unknown[0]!r}; the tasks are {list(names)}")
+    if isinstance(logs, tuple) and len(logs) != len(names):
+        raise ValueError(f"log_transform must have {len(names)} entries, one a task, got {len(logs)}")
+
+
+def meet(
+    parts: Parts, layout: Layout, ranks: Alone, call: str, losses: Losses, scaler: Any, samples: Samples
+) -> Given:
+    """The same from all ranks; an error of one is one of all."""
+    if not isinstance(ranks, Ranks):
+        return read(parts, layout, ranks, losses, scaler, samples)
+    state, known = parts.state, parts.state.averages
+    settings = replace(parts.settings, aggregator=None), state.task_weights, parts.members.joint
+    facts: dict[str, Any] = {
+        "the call": call,
+        "the settings": repr((*settings, parts.members.positions(), parts.members.positions(measured=True))),
+        "the aggregator": repr(type(parts.settings.aggregator)),
+        "the schedule": (state.beta, state.beta_decay),
+        "the counts of batches": known.counts.tolist() if known is not None and parts.pending.loaded else None,
+        "the ages of norms": known.ages if known is not None else None,
+        "the parameters": [(tuple(p.shape), str(p.dtype), p.requires_grad) for p in layout.parameters],
+    }
+    try:
+        given = read(parts, layout, ranks, losses, scaler, samples)
+    except Exception as error:
+        ranks.meet(facts, error)
+        raise
+    before = parts.pending.micro_batches if call == "backward()" else None
+    sums, total, _ = sums_with(before, given.values, given.samples)
+    here = [float(loss is not None) for loss in given.losses.losses]
+    totals = ranks.meet(
+        facts | {"the tasks": given.losses.names},
+        None,
+        sums=sums,
+        by_task=(total.tolist(), here, [float(mark) for mark in given.marked]),
+        scale=given.scale,
+    )
+    parts.pending.loaded = False
+    return replace(given, totals=totals, marked=totals.marked)
+
+
+# ------------------------------------------------- the batch
+
+
+def logged_of(parts: Parts, names: tuple[str, ...], device: torch.device) -> Tensor | bool:
+    """By task whether its logarithm is taken: one bool where all are alike."""
+    logs = parts.settings.rule.logs(names)
+    if len(set(logs)) == 1:
+        return logs[0]
+    kept = parts.pending.logged
+    if (names, device) not in kept:
+        kept[names, device] = torch.tensor(logs, device=device)
+    return kept[names, device]
+
+
+def make_batch(parts: Parts, layout: Layout, ranks: Alone, given: Given) -> tuple[Batch, Means]:
+    """The facts of a batch, before its first pass."""
+    rule, losses = parts.settings.rule, given.losses
+    known = averages_for(parts, losses.names, losses.named, layout, ranks)
+    mean = means(given.values, given.samples, parts.pending.micro_batches, given.totals, ranks.averaging)
+    logged = logged_of(parts, losses.names, given.values.device)
+    starts = rule.starts(mean.values, logged)
+    last = starts if mean.last is None else starts * mean.last
+    last = last if given.scale is None else last * given.scale
+    mean = mean if mean.earlier is None else replace(mean, earlier=starts * mean.earlier)
+    unsolved = rule.unsolved(mean.values, logged)
+    terms = terms_of(parts, known, rule.usable(mean.values, logged), unsolved, mean.present)
+    return Batch(losses, mean.values, mean.present, last, terms, unsolved, layout, known), mean
+
+
+def terms_of(
+    parts: Parts, known: Averages, usable: Tensor, unsolved: Tensor | None, present: Sequence[int]
+) -> Terms:
+    """What the store needs to know; Python numbers on a CPU."""
+    rule, state = parts.settings.rule, parts.state
+    refuses = parts.settings.nonfinite != "ignore"
+    keep, gain = schedule(state.beta, state.beta_decay, known.counts)
+    factors = known.task_weights if unsolved is None else known.task_weights * unsolved.to(known.task_weights.dtype)
+    power = rule.power(known.batches)
+    if not on_device(usable.device):
+        flags = usable.tolist()
+        if refuses:
+            flags = [all(flags[task] for task in present)] * len(flags)
+        return Terms(keep, gain, flags, factors.tolist(), power, refuses)
+    if refuses and present:
+        # One bad loss refuses the batch; no average takes in any part of it.
+        usable = torch.stack([usable.unbind()[task] for task in present]).all().expand_as(usable)
+    return Terms(keep, gain, usable, factors, power, refuses)
+
+
+# ------------------------------------------------- backward
+
+
+def backward(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, samples: Samples) -> None:
+    """Fill `.grad` from the task losses; see `DualBalancedOptimizer.backward`."""
+    layout = parts.layout(base_optim)
+    ranks = parts.processes.over(layout)
+    _warn_of_world(parts)
+    try:
+        given = meet(parts, layout, ranks, "backward()", losses, scaler, samples)
+        earlier: MicroBatches | None = parts.pending.micro_batches
+        if (parts.members.joint or earlier is not None) and ranks.outside_get_gradients:
+            find = outside_heads if parts.members.joint else outside_of
+            layout = layout.with_heads(find(given.losses.given, layout.parameters))
+        _warn_of_outside(parts, given, layout, ranks)
+        batch, mean = make_batch(parts, layout, ranks, given)
+        held = None if given.scale is None else Held(batch.terms, ranks, device_of(layout))
+        usable = batch.terms.usable
+        known_bad = batch.terms.refuses and isinstance(usable, list) and not all(usable)
+        error = _bad_loss(parts, batch, given) if known_bad and batch.present else None
+        step, new = None, {}
+        kept = _rows_before(parts, held)
+        try:
+            if error is None:
+                with set_aside(layout.wanted):
+                    step = _step(parts, batch, mean, ranks, given, held)
+                error = _verdict(parts, batch, step, given, held)
+            if error is None and step is not None:
+                new = gradients_of(step, layout, parts.state.reached, given.scale, ranks.wrap)
+        except BaseException:
+            _undo(parts, kept)
+            raise
+    finally:
+        ranks.reset()
+    if error is None and step is not None:
+        _commit(parts, batch, step, new, given)
+        return
+    _undo(parts, kept)
+    try:
+        if error is not None and not isinstance(error, Overflow) and parts.settings.nonfinite == "raise":
+            raise error
+        _leave_out(parts, batch, given, isinstance(error, Overflow))
+    finally:
+        # Bound here it would be part of a cycle that keeps the graph alive.
+        del error
+
+
+def _rows_before(parts: Parts, held: Held | None) -> list[list[Tensor]] | None:
+    """Copies of the rows where they take in a batch whose joint pass may still overflow."""
+    known = parts.state.averages
+    if held is None or not parts.members.joint or known is None or not isinstance(known.store, FlatGradientBuffer):
+        return None
+    return [[row.clone() for row in rows] for rows in known.store.averages()]
+
+
+def _undo(parts: Parts, kept: list[list[Tensor]] | None) -> None:
+    """Averages that this batch began go back to zero, those that were kept to what they were."""
+    known = parts.state.averages
+    if known is None or not isinstance(known.store, FlatGradientBuffer):
+        return
+    if kept is not None:
+        known.store.load_averages(kept)
+    for task, number in enumerate(known.counts.tolist()):
+        if number == 0:
+            known.store.clear(task)
+    if parts.members.joint:
+        known.norms.copy_(torch.where(known.counts > 0, known.store.load_norms(), 0.0))
+
+
+def _step(
+    parts: Parts, batch: Batch, mean: Means, ranks: Alone, given: Given, held: Held | None
+) -> Step:
+    """The form of the step, with the stages that this call needs. Nothing but the store is touched."""
+    settings, layout, joint = parts.settings, batch.layout, parts.members.joint
+    earlier = parts.pending.micro_batches
+    # In the one-backward form a pass stops at what norms are measured on, and at the heads.
+    inputs = [p for p in [*layout.averaged, *layout.heads] if p.requires_grad] if joint else None
+
+    def staged(passes: Passes, tasks: Sequence[int], shared: Sequence[Tensor]) -> Passes:
+        passes = ranks.reduced(passes, tasks, shared, held=held is not None)
+        return passes if held is None else held(passes)
+
+    def measured() -> Passes:
+        passes = task_passes(batch, ranks.take, inputs=inputs, keep_graph=joint)
+        passes = _checked(passes, parts, batch, ranks, given)
+        passes = passes if given.scale is None else unscaled(passes, given.scale)
+        if earlier is not None and mean.earlier is not None:
+            passes = with_earlier(passes, earlier, mean.earlier, layout)
+        return staged(_reaching(passes, parts, batch, ranks), batch.running, layout.averaged)
+
+    def joint_passes(weights: Tensor, counted: list[int], with_heads: bool) -> Passes:
+        passes = joint_pass(batch, ranks.take, weights, counted, with_heads, not ranks.reduces_in_passes)
+        passes = _checked(passes, parts, batch, ranks, given) if with_heads else passes
+        passes = passes if given.scale is None else unscaled(passes, given.scale)
+        if earlier is not None and mean.earlier is not None:
+            passes = with_joint_earlier(passes, earlier, batch, mean.earlier, weights, counted, with_heads)
+        return staged(passes, [-1], layout.shared)
+
+    if joint:
+        with closing(measured()) as passes:
+            measure = passes if is_measured(batch, settings.refresh_every) else None
+            return one_backward_step(measure, batch, settings.rule, joint_passes, ranks.close)
+    with closing(measured()) as passes:
+        if settings.aggregator is not None:
+            return aggregated_step(passes, batch, settings.aggregator, ranks)
+        return exact_step(passes, batch, settings.rule, ranks.close)
+
+
+def _checked(passes: Passes, parts: Parts, batch: Batch, ranks: Alone, given: Given) -> Passes:
+    """Before the first pass: classes that are new in these graphs are run twice, where a graph is walked twice."""
+    if any(given.marked) and (parts.members.joint or len(batch.running) > 1):
+        check_replay(
+            ranks.take, batch.losses.losses, batch.starts.unbind(), batch.losses.names, batch.layout.parameters, given.marked
+        )
+    yield from passes
+
+
+def _reaching(passes: Passes, parts: Parts, batch: Batch, ranks: Alone) -> Passes:
+    """Stage: refuse a task that this rank has, if it reaches nothing to average although something can be reached."""
+    versions = [parameter._version for parameter in batch.layout.shared]
+    for number, one in enumerate(passes):
+        if number == 0 and [parameter._version for parameter in batch.layout.shared] != versions:
+            raise RuntimeError(_stepped(batch.losses.names[one.task]))
+        if all(gradient is None for gradient in one.shared) and not parts.members.all_frozen:
+            here = batch.losses.losses[one.task] is not None or one.rest
+            if here:
+                raise ValueError(_reaches_nothing(batch.losses.names[one.task], parts.members.joint, ranks.hint))
+        yield one
+
+
+def _stepped(name: str) -> str:
+    return (
+        f"a hook changed shared parameters inside the backward pass of task {name!r} (an optimizer fused into the backward?): "
+        "balancing makes one pass a task, so they would be updated once a task, by unbalanced gradients; they have moved "
+        "once already; take the hook away and give these parameters to base_optim"
+    )
+
+
+def _reaches_nothing(name: str, joint: bool, hint: str) -> str:
+    if joint:
+        return (
+            f"task {name!r} reaches none of norm_params: its loss does not depend on them, or they are frozen; "
+            "choose some that every task depends on, e.g. norm_params=trunk[-1].parameters()"
+        )
+    return (
+        f"task {name!r} reaches no shared parameter: its loss does not depend on shared_params, or a hook took their .grad "
+        "inside the pass; leave it out of the losses (add its own .backward()), correct shared_params, or take the hook "
+        f"away{hint}"
+    )
+
+
+# ------------------------------------------------- verdict
+
+
+class Overflow(Exception):
     """A batch whose scaled gradients were not finite: the scaler has to see it and lower its scale."""
 
 
-def bad_gradient(whose: str) -> str:
-    """The message for a gradient that is not finite."""
+def _verdict(parts: Parts, batch: Batch, step: Step, given: Given, held: Held | None) -> Exception | None:
+    """Why the batch cannot be used, or None. The one read of a device, after everything is enqueued."""
+    refuses = batch.terms.refuses
+    if held is None and not refuses:
+        return None
+    overflown = held is not None and not bool(held.ok)
+    if not overflown and on_device(step.norms.device):
+        chosen = torch.stack([step.norms.unbind()[task] for task in batch.present] or [step.norms.new_zeros(())])
+        if bool(chosen.isfinite().all() & torch.as_tensor(step.ok, device=chosen.device)):
+            return None
+    missing = [math.isnan(norm) for norm in step.norms.tolist()]
+    if not overflown and step.ok is True and not any(missing[task] for task in batch.present):
+        return None
+    if refuses and (bad := _bad_loss(parts, batch, given)) is not None:
+        return bad
+    if overflown:
+        return Overflow()
+    if not refuses:
+        return None
+    for task in batch.present:
+        if missing[task]:
+            return RuntimeError(_bad_gradient(f"task {batch.losses.names[task]!r}"))
+    if not bool(step.ok):
+        if parts.settings.aggregator is not None:
+            return RuntimeError(_bad_gradient("all tasks together, as the aggregator combines them"))
+        names = [batch.losses.names[task] for task in batch.present]
+        return Overflow() if held is not None else RuntimeError(_bad_gradient(f"the tasks {names} together"))
+    return None
+
+
+def _bad_loss(parts: Parts, batch: Batch, given: Given) -> ValueError | None:
+    """The error for the first loss that cannot be used."""
+    rule, names = parts.settings.rule, batch.losses.names
+    usable = rule.usable(batch.values, logged_of(parts, names, batch.values.device)).tolist()
+    logs = rule.logs(names)
+    for task in batch.present:
+        if not usable[task]:
+            bad = {} if given.totals is None else given.totals.bad
+            rank, value = bad.get(task, (None, batch.values[task].item()))
+            if parts.settings.nonfinite == "skip" and math.isfinite(value):
+                say_once(
+                    parts.pending,
+                    f"negative {names[task]}",
+                    f"the loss of task {names[task]!r} is {value}, below -eps, so that its logarithm does not exist and "
+                    "nonfinite='skip' leaves the batch out, as it will every such batch; for a loss that can be negative "
+                    f"pass log_transform={{{names[task]!r}: False}}",
+                    stacklevel=5,
+                )
+            return ValueError(describe_bad_loss(names[task], value, rule.eps, logs[task], rank))
+    return None
+
+
+def _bad_gradient(whose: str) -> str:
     return (
         f"gradient of {whose} must be finite, got NaN or inf behind a finite loss; no parameter was changed; look for "
         "sqrt, norm, log or a division at 0 in the loss, or for a loss or ema_dtype of half precision that cannot hold "
@@ -54,753 +449,170 @@ def bad_gradient(whose: str) -> str:
     )
 
 
-def _all(flags: Sequence[Flag]) -> Flag:
-    """Whether all hold; a number on a CPU, else a tensor nobody waits for."""
-    if any(isinstance(flag, Tensor) for flag in flags):
-        return torch.stack([torch.as_tensor(flag) for flag in flags]).all()
-    return all(flags)
+# ------------------------------------------------- commit
 
 
-@dataclass(slots=True)
-class _Arrival:
-    """One task's pass: gradients here, and those of all ranks once they are received.
+def _commit(parts: Parts, batch: Batch, step: Step, new: dict[Tensor, Tensor], given: Given) -> None:
+    """Count the batch and set `.grad`; from here on the tasks are fixed."""
+    state, pending, known = parts.state, parts.pending, batch.known
+    state.averages = known
+    if step.averages is not None and isinstance(known.store, FlatGradientBuffer):
+        rows = zip(known.store.averages(), step.averages, strict=True)
+        known.store.load_averages([[fresh.get(t, row) for t, row in enumerate(old)] for old, fresh in rows])
+    count(step, known, parts.members.joint)
+    state.reached.update(step.reached)
+    put(new)
+    pending.balance = Balance(batch.losses.names, batch.values, step.norms, step.weights, skipped=False)
+    pending.micro_batches = pending.tasks = None
+    pending.waiting, pending.skip_next_step = True, False
+    if given.scale is not None and all(parameter.grad is None for parameter in batch.layout.parameters):
+        # No task was there. A scaler needs some .grad to look at, and nothing must come of it.
+        _signal(batch.layout, 0.0)
+        pending.skip_next_step = True
+    if "unreached" not in pending.said and step.taken and len(step.measured) == len(batch.losses.names):
+        _warn_of_unreached(parts, batch.layout, step)
 
-    Attributes:
-        task: its number.
-        own: gradients of parameters that are not shared, by position.
-        size: the sum of their norms; NaN where the pass failed.
-        reached: which averaged parameters this rank reached, by index.
-        receive: waits for this rank's part of the averaged parameters' gradients; None if no pass was made.
-    """
 
-    task: int
-    own: dict[int, Tensor]
-    size: Scalar
-    reached: set[int]
-    receive: Callable[[], list[Tensor | None]] | None
+def _leave_out(parts: Parts, batch: Batch, given: Given, overflow: bool) -> None:
+    """Record a batch that is skipped. Under a scaler one `.grad` says whether it was an overflow: inf, or zeros."""
+    pending = parts.pending
+    nothing = torch.full_like(batch.values, math.nan), torch.zeros_like(batch.values)
+    pending.balance = Balance(batch.losses.names, batch.values, *nothing, skipped=True)
+    pending.micro_batches = pending.tasks = None
+    # After an overflow it is the scaler that skips.
+    pending.skip_next_step = not overflow and not pending.waiting
+    if given.scale is not None:
+        _signal(batch.layout, math.inf if overflow else 0.0)
 
 
-class Batch:
-    """The last, and mostly only, micro-batch of a batch together with those before it.
+def _signal(layout: Layout, value: float) -> None:
+    """Add `value` to one `.grad`, where a scaler sees it."""
+    for parameter in [p for p in [*layout.shared, *layout.parameters] if p.requires_grad][:1]:
+        put({parameter: torch.full_like(parameter, value, requires_grad=False)})
 
-    Attributes:
-        losses: the losses by task.
-        values: raw losses, the means over all micro-batches, shape (T,), NaN for an absent task.
-        present: tasks that this micro-batch or one before it has.
-        starts: cotangents of this micro-batch's losses, shape (T,).
-        factors: what the sums of earlier micro-batches are multiplied by, shape (T,).
-        parameters: all of the wrapped optimizer; in the one-backward form also other leaves of the graph.
-        store: where averaged gradients go; private to this batch until the first one is through.
-        usable: for every task whether it may count as far as its loss says and, where a bad task refuses the
-            batch, as far as all losses say. Bools on a CPU, else scalar tensors.
-        norms: of every task's averaged gradient, NaN for a task that takes no part.
-        flags: for each present task whether its loss and its gradients were usable.
-        others: gradients of parameters that are not shared, by position, summed over tasks.
-        reached: which shared parameters the batch reached, by index.
-    """
 
-    def __init__(
-        self,
-        plan: Plan,
-        progress: Progress,
-        ranks: Alone,
-        parameters: list[Tensor],
-        losses: TaskLosses,
-        samples: Sequence[float],
-        scale: Scalar | None,
-        totals: Totals | None,
-    ) -> None:
-        self._plan, self._progress, self._ranks, self._scale = plan, progress, ranks, scale
-        self._settings = plan.settings
-        self.losses, self.parameters = losses, parameters
-        self.store = progress.store or plan.new_store(ranks, parameters, len(losses.names), progress.beta)
-        if plan.joint:
-            self.parameters = parameters + ranks.outside(losses.given, parameters)
-        self._heads = sorted(set(range(len(self.parameters))) - set(plan.shared))
-        self._on_cpu = self.store.device.type == "cpu"
-        self._refuses = self._settings.nonfinite != "ignore"
-        values = losses.values(self.store.device)
-        self._earlier = progress.micro_batches
-        self.present = losses.present
-        self.values, self.starts = values, cotangents(values, self._settings.eps, self._settings.log_transform)
-        self.factors = torch.zeros_like(values)
-        self._bad = {} if totals is None else totals.bad
-        if self._earlier is not None or totals is not None:
-            self._join(values, samples, totals)
-        if scale is not None:
-            self.starts = self.starts * scale
-        self._fine: list[Flag] = acceptable(self.values, self._settings.eps, self._settings.log_transform)
-        self.usable = self._fine
-        if self._refuses:
-            # One bad loss refuses the batch, so no average takes in any part of it.
-            self.usable = [_all([self._fine[task] for task in self.present])] * len(losses.names)
-        self.norms: list[Scalar] = [math.nan] * len(losses.names)
-        self.flags: list[Flag] = []
-        self.others: dict[int, Tensor] = {}
-        self.reached: set[int] = set()
-        self._taken: list[int] = []
-        self._shares = unsolved_shares(self.values, self._settings.eps) if self._settings.fade_solved else None
-        self._factors = self._factors_beside_norms()
-        self._measured = self._is_measured()
-        # Under a scaler an overflow is nothing unusual and must leave every average alone: rows wait for the last.
-        self._holds = scale is not None and isinstance(self.store, FlatGradientBuffer)
-        # An aggregator may fail, so its rows wait too.
-        self._holds = self._holds or plan.aggregator is not None
-        self._held: list[int] = []
-        self._passing = -1
-        # By task, from a vectorized pass.
-        self._found: dict[int, list[Tensor | None]] = {}
-        self._not_vectorized = ""
-        self._overflow: Flag = False
-        # Under a process group what went wrong here waits until every rank can hear of it.
-        self._failure: BaseException | None = None
-
-    def _join(self, values: Tensor, samples: Sequence[float], totals: Totals | None) -> None:
-        """Means over all micro-batches and ranks, and what each part of them is multiplied by."""
-        sums, total, last = sums_with(self._earlier, values, samples)
-        dtype = sums.dtype
-        if totals is None:
-            self.present = [task for task, number in enumerate(total.tolist()) if number > 0]
-        else:
-            sums, total, self.present, dtype = totals.sums, totals.samples, totals.present, totals.dtype
-        self.values = torch.where(total > 0, sums / total, math.nan).to(dtype)
-        start = cotangents(self.values, self._settings.eps, self._settings.log_transform)
-        self.starts = start * (last / total * self._ranks.averaging).to(dtype)
-        self.factors = start / total.to(dtype)
-
-    def _factors_beside_norms(self) -> Sequence[Scalar]:
-        """What every task's weight is multiplied by whatever the norms; numbers on a CPU."""
-        priorities = self._plan.priorities or (1.0,) * len(self.losses.names)
-        if self._shares is None:
-            return priorities
-        shares = self._shares.tolist() if self._on_cpu else self._shares.unbind()
-        return [priority * share for priority, share in zip(priorities, shares, strict=True)]
-
-    # ------------------------------------------------- the order of the calls
-
-    def run(self) -> None:
-        """All backward passes, and the combined gradient; nothing but the store and `.grad` is touched."""
-        if self._refuses and self._on_cpu:
-            self._check_losses()
-        running = [task for task in self.losses.present if self.usable[task] is not False]
-        if self._plan.joint or len(running) > 1:
-            self._attempt(lambda: self._check_replay(running), None)
-        if self._measured:
-            self._measure()
-        else:
-            self._reuse()
-        self._taken = self._tasks_that_count()
-        norms = stack_scalars(self.norms, self.store.norm_dtype, self.store.device)
-        weights = self._weights(norms)
-        self._combined = self._combine(weights)
-        if self._scale is not None:
-            self._rescale(self._scale)
-        for task in self._held:
-            self._accept(task, True)
-        self._balance = Balance(self.losses.names, self.values, norms, weights, skipped=False)
-
-    def _check_replay(self, running: list[int]) -> None:
-        check_replay(
-            self._ranks.take_pass,
-            [self.losses.loss(task) for task in running],
-            [self.starts[task] for task in running],
-            [self.losses.names[task] for task in running],
-            self.parameters,
+def _warn_of_unreached(parts: Parts, layout: Layout, step: Step) -> None:
+    """Say once, after the first batch that had every task, which shared parameters no task reaches."""
+    if not on_device(step.norms.device) and bool(step.norms.isnan().any()):
+        return
+    parts.pending.said.add("unreached")
+    unreached = [tuple(p.shape) for p in layout.shared if p not in parts.state.reached and p.requires_grad]
+    if unreached:
+        say_once(
+            parts.pending,
+            "some unreached",
+            f"no task reaches {len(unreached)} of the shared parameters (the first has shape {unreached[0]}); "
+            "they get no gradient",
+            stacklevel=6,
         )
 
-    def _attempt(self, run: Callable[[], Result], otherwise: Result) -> Result:
-        """What `run` returns; `otherwise` if it or something before it fails and other ranks wait for this one."""
-        if self._failure is not None:
-            return otherwise
-        try:
-            return run()
-        except BaseException as failure:
-            if not self._ranks.holds_failures:
-                raise
-            self._failure = failure
-            return otherwise
 
-    def commit(self, before: list[Tensor | None]) -> None:
-        """Count the batch and set `.grad`; from here on the tasks are fixed."""
-        progress = self._progress
-        averaged = self._taken if self._measured else []
-        if not progress.counts:
-            progress.tasks, progress.named = self.losses.names, self.losses.named
-            progress.counts.extend([0] * len(self.losses.names))
-            progress.ages.extend([0] * len(self.losses.names))
-        progress.store = self.store
-        complete = min(progress.counts) == 0 and len(averaged) == len(self.losses.names)
-        for task in averaged:
-            progress.counts[task] += 1
-        for index in self.reached:
-            progress.reached[index] = True
-        if self._plan.joint:
-            self._remember_norms(averaged)
-        self._write(before)
-        progress.balance, progress.micro_batches = self._balance, None
-        progress.pending, progress.skip_next_step = True, False
-        if self._scale is not None and all(parameter.grad is None for parameter in self.parameters):
-            # No task was there. A scaler needs some .grad to look at, and nothing must come of it.
-            self._signal(0.0)
-            progress.skip_next_step = True
-        progress.vectorizes = progress.vectorizes and not self._not_vectorized
-        if complete:
-            self._warn_of_unreached()
-        if self._not_vectorized:
-            warnings.warn(
-                "vectorize=True, but the passes of this network cannot be made as one; they are made one by one: "
-                f"{self._not_vectorized}",
-                stacklevel=4,
-            )
-
-    def leave_out(self, overflow: bool) -> None:
-        """Record a batch that is skipped. Under a scaler one `.grad` says whether it was an overflow: inf, or zeros."""
-        progress = self._progress
-        nothing = torch.full_like(self.values, math.nan), torch.zeros_like(self.values)
-        progress.balance = Balance(self.losses.names, self.values, *nothing, skipped=True)
-        progress.micro_batches = None
-        # After an overflow it is the scaler that skips.
-        progress.skip_next_step = not overflow and not progress.pending
-        if self._scale is not None:
-            self._signal(math.inf if overflow else 0.0)
-
-    def _signal(self, value: float) -> None:
-        """Add `value` to one `.grad`, where a scaler sees it."""
-        for parameter in self._inputs(self._plan.shared + self._heads)[:1]:
-            parameter.grad = add_gradients(parameter.grad, torch.full_like(parameter, value))
-
-    def undo(self, before: list[Tensor | None]) -> None:
-        """Leave `.grad` and the counts as they were, and averages that this batch began at zero."""
-        put_gradients(self.parameters, before)
-        self.store.forget_batch()
-        # It holds the frames that hold this batch.
-        self._failure = None
-        progress = self._progress
-        for task, count in enumerate(progress.counts):
-            if count == 0:
-                self.store.clear(task)
-        if progress.norms is not None and not self._holds:
-            norms = stack_scalars(self.norms, progress.norms.dtype, progress.norms.device)
-            known = torch.where(norms.isnan(), progress.norms, norms)
-            counts = torch.tensor(progress.counts, device=known.device)
-            progress.norms = torch.where(counts > 0, known, torch.zeros_like(known))
-
-    # ------------------------------------------------- one pass a task
-
-    def _is_measured(self) -> bool:
-        """Whether this step measures norms: if a task here is new, or its norm is `refresh_every` steps old."""
-        if not self._plan.joint:
-            return True
-        progress = self._progress
-        tasks = [task for task in self.present if self.usable[task] is not False]
-        return not progress.ages or any(
-            progress.counts[task] == 0 or progress.ages[task] >= self._settings.refresh_every for task in tasks
+def _warn_of_world(parts: Parts) -> None:
+    if "looked" in parts.pending.said or parts.processes.group is not None:
+        return
+    parts.pending.said.add("looked")
+    if is_one_of_several():
+        say_once(
+            parts.pending,
+            "world",
+            "this process is one of several, but no process_group was given: each would train on gradients of its own; "
+            "pass process_group=torch.distributed.group.WORLD, or ignore this where the runs are independent",
+            stacklevel=6,
         )
 
-    def _measure(self) -> None:
-        """One backward pass a task; its gradient goes into the store where it is usable."""
-        inputs = self._inputs([*self._plan.averaged, *self._heads]) if self._plan.joint else None
-        # A task that is known to be left out needs no pass; which one frees the graph depends on it.
-        running = [task for task in self.present if self.usable[task] is not False]
-        last = max((task for task in running if self.losses.losses[task] is not None), default=None)
-        # While one task's gradients travel the next pass runs; one process has nothing to wait for.
-        under_way: deque[_Arrival] = deque()
-        self._healthy: Flag = True
-        if self._settings.vectorize and self._progress.vectorizes:
-            self._found = self._attempt(lambda: self._vectorize(running), {})
-        with self._early_averages():
-            for task in self.present:
-                if task in running:
-                    under_way.append(self._start(task, inputs, retain_graph=self._plan.joint or task != last))
-                else:
-                    under_way.append(_Arrival(task, {}, 0.0, set(), None))
-                while len(under_way) > self._ranks.holds_failures:
-                    self._finish(under_way.popleft())
-            while under_way:
-                self._finish(under_way.popleft())
-        reached = self._close() if self._ranks.holds_failures else []
-        # That nothing is wrong takes one read of the device; whose fault it is takes more.
-        if (self._refuses or self._scale is not None) and not _all(self.flags):
-            if self._refuses:
-                self._check_losses()
-            if self._scale is not None and self._overflow:
-                raise OverflowedBatchError
-            if self._refuses:
-                self._check_gradients()
-        if self._scale is not None:
-            self._read_flags()
-        if self._ranks.holds_failures:
-            self.others = self._add_up(self.others, self._heads, reached)
 
-    def _close(self) -> list[bool]:
-        """For every parameter whether any rank reached it; raises if any rank failed."""
-        shared = set() if self._plan.joint else {self._plan.shared[index] for index in self.reached}
-        reached = [position in shared or position in self.others for position in range(len(self.parameters))]
-        reached = self._ranks.close(self._failure, reached)
-        if not self._plan.joint:
-            self.reached = {index for index, position in enumerate(self._plan.shared) if reached[position]}
-        return reached
-
-    def _add_up(self, gradients: dict[int, Tensor], positions: list[int], reached: list[bool]) -> dict[int, Tensor]:
-        """The sums over all ranks of gradients by position."""
-        sums = self._ranks.add_up(
-            [gradients.get(position) for position in positions],
-            [self.parameters[position] for position in positions],
-            [reached[position] for position in positions],
-        )
-        return {position: total for position, total in zip(positions, sums, strict=True) if total is not None}
-
-    def _read_flags(self) -> None:
-        """Know on the host which tasks count, and drop the rows of the others. A scaler waits for the device anyway."""
-        if not self._on_cpu and self.flags:
-            self.flags = torch.stack([torch.as_tensor(flag) for flag in self.flags]).tolist()
-        counted = self._tasks_that_count()
-        for task in self._held:
-            if task not in counted:
-                self._accept(task, False)
-        self._held = [task for task in self._held if task in counted]
-
-    def _start(self, task: int, inputs: list[Tensor] | None, retain_graph: bool) -> _Arrival:
-        """One task's pass; its shared gradients are on their way when this returns."""
-        nothing: list[Tensor | None] = [None] * len(self.parameters)
-        found = self._attempt(lambda: self._pass(task, inputs, retain_graph), nothing)
-        own = {position: gradient for position in self._heads if (gradient := found[position]) is not None}
-        gradients = [found[position] for position in self._plan.averaged]
-        reached = {index for index, gradient in enumerate(gradients) if gradient is not None} | self.store.early(task)
-        size = joint_size(list(own.values()), self.store.device) if self._failure is None else math.nan
-        return _Arrival(task, own, size, reached, self._ranks.send(gradients))
-
-    def _finish(self, arrival: _Arrival) -> None:
-        """On return the task's gradients are in the store or gone, so that the next pass finds room."""
-        ok: Flag = False
-        if arrival.receive is not None:
-            ok = self._take(arrival, arrival.receive(), self.usable[arrival.task] & self._healthy)
-        self.flags.append(ok)
-        self._healthy = self._healthy & ok if self._refuses else True
-        if ok is False:
-            return
-        for position, gradient in arrival.own.items():
-            masked = isinstance(ok, Tensor) and not self._refuses
-            kept = where_ok(torch.as_tensor(ok), gradient) if masked else gradient
-            self.others[position] = add_gradients(self.others.get(position), kept)
-
-    def _pass(self, task: int, inputs: list[Tensor] | None, retain_graph: bool) -> list[Tensor | None]:
-        """One task's gradients on all parameters; those on large shared ones may be in the store already."""
-        self._passing = task
-        found: list[Tensor | None] = [None] * len(self.parameters)
-        loss = self.losses.losses[task]
-        if task in self._found:
-            found = self._found.pop(task)
-        elif loss is not None and inputs != []:
-            found = self._ranks.take_pass(
-                [loss],
-                [self.starts[task]],
-                [self.losses.names[task]],
-                self.parameters,
-                retain_graph=retain_graph,
-                inputs=inputs,
-            )
-        if self._scale is not None:
-            found = [None if gradient is None else unscaled(gradient, self._scale) for gradient in found]
-        if self._earlier is not None:
-            self._add_earlier(task, found)
-        self._check_reach(task, found)
-        return found
-
-    def _vectorize(self, running: Sequence[int]) -> dict[int, list[Tensor | None]]:
-        """The gradients of all tasks from one vectorized pass; nothing where that cannot be."""
-        tasks = [task for task in running if self.losses.losses[task] is not None]
-        if len(tasks) < 2:
-            return {}
-        outside = self._ranks.outside(self.losses.given, self.parameters)
-        everything = [*self.parameters, *outside]
-        losses, starts = [self.losses.loss(task) for task in tasks], [self.starts[task] for task in tasks]
-        names = [self.losses.names[task] for task in tasks]
-        try:
-            found = vectorized_passes(losses, starts, names, everything)
-            if found is None:
-                return {}
-            if not self._progress.vectorized:
-                check_vectorized(losses[-1], starts[-1], names[-1], everything, found[-1])
-        except RuntimeError as error:
-            # If the passes one by one fail too, it was not for the want of a vectorized form.
-            self._not_vectorized = str(error)
-            return {}
-        self._progress.vectorized = True
-        number = len(self.parameters)
-        for gradients in found:
-            for position in self._heads:
-                gradient = gradients[position]
-                if gradient is not None:
-                    # A row of a stack would keep all of it.
-                    gradients[position] = owned(gradient)
-            for leaf, gradient in zip(outside, gradients[number:], strict=True):
-                if gradient is not None:
-                    leaf.grad = add_gradients(leaf.grad, owned(gradient))
-        return {task: gradients[:number] for task, gradients in zip(tasks, found, strict=True)}
-
-    def _early_averages(self) -> AbstractContextManager[None]:
-        """While this is open, a pass puts its gradients on large shared parameters into the store itself."""
-        store = self.store
-        early = store.large if self._ranks.fills_grad else []
-
-        def average(index: int, gradient: Tensor) -> None:
-            task = self._passing
-            store.propose_early(early[index], unscaled(gradient, self._scale), task, self._progress.beta_of(task))
-
-        return at_once([self.parameters[self._plan.averaged[index]] for index in early], average)
-
-    def _check_reach(self, task: int, found: list[Tensor | None]) -> None:
-        """Refuse a task that this rank has, if it reaches nothing to average although something can be reached."""
-        here = self.losses.losses[task] is not None or (self._earlier is not None and self._earlier.gradients[task])
-        if not here or self.store.early(task) or any(found[position] is not None for position in self._plan.averaged):
-            return
-        if any(self.parameters[position].requires_grad for position in self._plan.shared):
-            raise ValueError(self._reaches_nothing(self.losses.names[task]))
-
-    def _add_earlier(self, task: int, found: list[Tensor | None]) -> None:
-        """Add what earlier micro-batches brought of this task."""
-        seen = {self._plan.averaged[index]: index for index in self.store.early(task)}
-        for position, total in self._earlier_of(task).items():
-            if position in seen:
-                self.store.propose_early(seen[position], total, task, self._progress.beta_of(task))
-            else:
-                gradient = found[position]
-                found[position] = total if gradient is None else total.add_(gradient)
-
-    def _earlier_of(self, task: int, weight: Scalar = 1.0) -> dict[int, Tensor]:
-        """The sums of earlier micro-batches in units of this batch's gradient, new tensors."""
-        if self._earlier is None:
-            return {}
-        factor = self.factors[task] * weight
-        return {
-            position: total * factor.to(total.device, total.dtype.to_real())
-            for position, total in self._earlier.gradients[task].items()
-        }
-
-    def _take(self, arrival: _Arrival, gradients: list[Tensor | None], ok: Flag) -> Flag:
-        """Put one task's shared gradient into the store if it is finite and `ok`; return whether it was."""
-        task, ranks = arrival.task, self._ranks
-        # With other ranks a task that is not here may still have a gradient.
-        proposed = bool(arrival.reached) or any(gradient is not None for gradient in gradients)
-        norm: Scalar = math.nan
-        if proposed:
-            norm = self.store.propose(gradients, task, self._progress.beta_of(task))
-        norm, finite = ranks.agree(norm if proposed else 0.0, arrival.size)
-        finite = finite & (norm < math.inf)
-        self._overflow = self._overflow | (ok & (finite ^ True))
-        ok = ok & finite
-        if not proposed:
-            return ok
-        if self._holds and ok is not False:
-            self._held.append(task)
-        else:
-            self._accept(task, ok, norm)
-        if ok is False:
-            return ok
-        self.norms[task] = torch.where(ok, norm, math.nan) if isinstance(ok, Tensor) else norm
-        self.reached |= arrival.reached
-        return ok
-
-    def _accept(self, task: int, ok: Flag, norm: Scalar = math.nan) -> None:
-        """Let the store keep what it was proposed, with the factor that its weight has beside the norms."""
-        self.store.accept(task, ok, norm, self._factors[task])
-
-    # ------------------------------------------------- norms as they were
-
-    def _reuse(self) -> None:
-        """The norms as last measured, and the heads' gradients by one pass that stops at the heads."""
-        known = self._progress.norms
-        for task in self.present:
-            ok = self.usable[task]
-            if known is not None:
-                self.norms[task] = torch.where(torch.as_tensor(ok, device=known.device), known[task], math.nan)
-            self.flags.append(ok)
-        if self._refuses and not self._on_cpu:
-            self._check_losses()
-        if self._scale is not None:
-            self._read_flags()
-        # Not a product with 0: the start of a bad loss may be NaN.
-        starts = torch.where(self.starts.isfinite(), self.starts, torch.zeros_like(self.starts))
-        gradients = self._joint_pass(starts, self._heads, retain_graph=True)
-        for position, gradient in zip(self._heads, gradients, strict=True):
-            if gradient is not None:
-                self.others[position] = gradient
-
-    # ------------------------------------------------- the combined gradient
-
-    def _combine(self, weights: Tensor) -> list[Tensor | None]:
-        """The shared gradients; empty where the batch brought none."""
-        if not self._taken:
-            return []
-        if self._plan.aggregator is not None and isinstance(self.store, FlatGradientBuffer):
-            return self._aggregate(self._plan.aggregator, self.store)
-        if not self._plan.joint:
-            return self._ranks.spread(self.store.weighted_sum(weights)) if self.reached else []
-        starts = torch.where(weights > 0, self.starts * weights, torch.zeros_like(self.starts))
-        combined = self._joint_pass(starts, self._plan.shared, retain_graph=False, weights=weights)
-        self.reached = {index for index, gradient in enumerate(combined) if gradient is not None}
-        return combined
-
-    def _aggregate(self, aggregator: Aggregator, store: FlatGradientBuffer) -> list[Tensor | None]:
-        """What the aggregator makes of the averaged gradients of the tasks that count."""
-        progress, priorities = self._progress, self._plan.priorities
-        averages = store.averages(proposed=True)
-        # A zero gradient takes no part, as under the max-norm rule.
-        tasks = [task for task in self._taken if self.norms[task] > 0]
-        if not tasks:
-            return [None] * len(self._plan.averaged)
-        matrix = matrix_of([[rows[task] for rows in averages] for task in tasks])
-        if priorities is not None:
-            own = stack_scalars([priorities[task] for task in tasks], matrix.dtype, matrix.device)
-            matrix.mul_(own[:, None])
-
-        def run() -> Tensor:
-            if progress.memory is not None:
-                recall(aggregator, progress.memory, matrix)
-                progress.memory = None
-            return combine(aggregator, matrix)
-
-        vector = self._attempt(run, matrix[0])
-        self._ranks.close(self._failure, [])
-        vector = self._ranks.same(vector)
-        if vector.isfinite().all():
-            return cut(vector, [self.parameters[position] for position in self._plan.averaged])
-        if self._refuses:
-            raise RefusedBatchError(RuntimeError(bad_gradient("all tasks together, as the aggregator combines them")))
-        return []
-
-    def _rescale(self, scale: Scalar) -> None:
-        """Multiply what goes into `.grad` by the scale, if it can take that."""
-        for gradient in [*self._combined, *self.others.values()]:
-            if gradient is not None:
-                gradient.mul_(scale)
-        everything = [gradient for gradient in [*self._combined, *self.others.values()] if gradient is not None]
-        if not self._ranks.agree(0.0, joint_size(everything, self.store.device))[1]:
-            raise OverflowedBatchError
-
-    def _joint_pass(
-        self, starts: Tensor, positions: list[int], retain_graph: bool, weights: Tensor | None = None
-    ) -> list[Tensor | None]:
-        """One pass from all losses that count, down to the parameters at `positions`; refused if not finite.
-
-        Earlier micro-batches are added, multiplied by `weights`.
-        """
-        counted = self._tasks_that_count()
-        nothing: list[Tensor | None] = [None] * len(positions)
-        mine = self._attempt(lambda: self._joint_gradients(starts, positions, counted, retain_graph, weights), nothing)
-        reached = [gradient is not None for gradient in mine]
-        if self._ranks.holds_failures:
-            reached = self._ranks.close(self._failure, reached)
-        gradients = self._ranks.add_up(mine, [self.parameters[position] for position in positions], reached)
-        size = joint_size([gradient for gradient in gradients if gradient is not None], self.store.device)
-        ok = self._ranks.agree(0.0, size)[1]
-        if self._scale is None and not self._refuses:
-            return [None if gradient is None else where_ok(torch.as_tensor(ok), gradient) for gradient in gradients]
-        if ok:
-            return gradients
-        if self._scale is not None:
-            raise OverflowedBatchError
-        names = [self.losses.names[task] for task in counted]
-        raise RefusedBatchError(RuntimeError(bad_gradient(f"the tasks {names} together")))
-
-    def _joint_gradients(
-        self, starts: Tensor, positions: list[int], counted: list[int], retain_graph: bool, weights: Tensor | None
-    ) -> list[Tensor | None]:
-        """This rank's gradients of a joint pass, earlier micro-batches included."""
-        inputs = self._inputs(positions)
-        tasks = [task for task in counted if self.losses.losses[task] is not None]
-        gradients: list[Tensor | None] = [None] * len(positions)
-        if inputs and tasks:
-            found = self._ranks.take_pass(
-                [self.losses.loss(task) for task in tasks],
-                [starts[task] for task in tasks],
-                [self.losses.names[task] for task in tasks],
-                self.parameters,
-                retain_graph=retain_graph,
-                inputs=inputs,
-            )
-            own = [found[position] for position in positions]
-            gradients = [None if gradient is None else unscaled(gradient, self._scale) for gradient in own]
-        for task in counted:
-            earlier = self._earlier_of(task, 1.0 if weights is None else weights[task])
-            for index, position in enumerate(positions):
-                if position in earlier:
-                    gradients[index] = add_gradients(gradients[index], earlier[position])
-        return gradients
-
-    def _inputs(self, positions: list[int]) -> list[Tensor]:
-        return [self.parameters[position] for position in positions if self.parameters[position].requires_grad]
-
-    def _weights(self, norms: Tensor) -> Tensor:
-        settings, priorities = self._settings, self._plan.priorities
-        weights = balance_weights(norms, settings.norm_target, settings.max_weight, self._shares)
-        if self._plan.aggregator is not None:
-            weights = torch.where(weights > 0, math.nan, weights)
-        return weights if priorities is None else weights * stack_scalars(priorities, norms.dtype, norms.device)
-
-    def _tasks_that_count(self) -> list[int]:
-        """The tasks whose gradients count. An accelerator is not asked: there "ignore" counts all that came."""
-        return [task for task, ok in zip(self.present, self.flags, strict=True) if ok is not False]
-
-    # ------------------------------------------------- checks
-
-    def _check_losses(self) -> None:
-        """Refuse the batch if a loss is not usable. Reads the losses on the host."""
-        settings = self._settings
-        if _all([self._fine[task] for task in self.present]):
-            return
-        for task in self.present:
-            if not self._fine[task]:
-                rank, value = self._bad.get(task, (None, self.values[task].item()))
-                message = describe_bad_loss(self.losses.names[task], value, settings.eps, settings.log_transform, rank)
-                raise RefusedBatchError(ValueError(message))
-
-    def _check_gradients(self) -> None:
-        """Refuse the batch if a gradient is not finite. Reads one flag a task on the host, all at once."""
-        for task, ok in zip(self.present, self.flags, strict=True):
-            if not ok:
-                raise RefusedBatchError(RuntimeError(bad_gradient(f"task {self.losses.names[task]!r}")))
-
-    def _reaches_nothing(self, name: str) -> str:
-        if self._plan.joint:
-            return (
-                f"task {name!r} reaches none of norm_params: its loss does not depend on them, or they are frozen; "
-                "choose some that every task depends on, e.g. norm_params=trunk[-1].parameters()"
-            )
-        return (
-            f"task {name!r} reaches no shared parameter: its loss does not depend on shared_params; "
-            f"leave it out of the losses (add its own .backward()), or correct shared_params{self._ranks.hint}"
+def _warn_of_outside(parts: Parts, given: Given, layout: Layout, ranks: Alone) -> None:
+    """Say once which parameters get no gradient because they are not in the optimizer."""
+    if not isinstance(ranks, Ranks) or ranks.reduces_in_passes or "outside" in parts.pending.said:
+        return
+    parts.pending.said.add("outside")
+    outside = outside_of(given.losses.given, layout.parameters)
+    held = [leaf for leaf in outside if isinstance(leaf, torch.nn.Parameter)]
+    if held:
+        say_once(
+            parts.pending,
+            "parameters outside",
+            f"{len(held)} parameters outside base_optim take part in the losses (the first has shape "
+            f"{tuple(held[0].shape)}); with a process_group they get no gradient: give them to base_optim, or "
+            "freeze them",
+            stacklevel=6,
         )
 
-    # ------------------------------------------------- the result
 
-    def _remember_norms(self, averaged: list[int]) -> None:
-        """Keep the latest norm of every task, and how many steps ago each was measured."""
-        progress, norms = self._progress, self._balance.norms
-        if averaged:
-            known = norms if progress.norms is None else progress.norms
-            progress.norms = torch.where(norms.isnan(), known, norms)
-        progress.ages[:] = [1 if task in averaged else age + 1 for task, age in enumerate(progress.ages)]
-
-    def _warn_of_unreached(self) -> None:
-        unreached = [
-            tuple(self.parameters[position].shape)
-            for position, reached in zip(self._plan.shared, self._progress.reached, strict=True)
-            if not reached and self.parameters[position].requires_grad
-        ]
-        if unreached:
-            warnings.warn(
-                f"no task reaches {len(unreached)} of the shared parameters (the first has shape {unreached[0]}); "
-                "they get no gradient",
-                stacklevel=5,
-            )
-
-    def _write(self, before: list[Tensor | None]) -> None:
-        """Set every `.grad`: what was there before the batch plus what the batch brought.
-
-        A shared parameter that some task once reached gets zeros where this batch has nothing for it; one that
-        no task ever reached gets no `.grad`.
-        """
-        new: dict[int, Tensor | None] = dict(self.others)
-        for position, gradient, reached in zip(self._plan.shared, self._combined, self._progress.reached, strict=False):
-            if reached and self.parameters[position].requires_grad:
-                new[position] = gradient
-        after = list(before)
-        for position, gradient in new.items():
-            parameter = self.parameters[position]
-            if gradient is None:
-                whole = torch.zeros_like(parameter)
-            else:
-                whole = self._ranks.wrap(_laid_out_like(parameter, gradient.to(parameter.dtype)), parameter)
-            after[position] = add_gradients(before[position], whole)
-        put_gradients(self.parameters, after)
+# ------------------------------------------------- accumulate
 
 
-def _laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient with the strides that a backward pass would give it; fused optimizers count on them."""
-    if gradient.layout is not torch.strided or gradient.shape != parameter.shape:
-        return gradient
-    if gradient.stride() == parameter.stride():
-        return gradient
-    like = torch.empty_like(parameter, requires_grad=False)
-    return gradient if gradient.stride() == like.stride() else like.copy_(gradient)
-
-
-def accumulate(
-    plan: Plan,
-    progress: Progress,
-    ranks: Alone,
-    parameters: list[Tensor],
-    losses: TaskLosses,
-    samples: Sequence[float],
-    scale: Scalar | None,
-    totals: Totals | None,
-) -> None:
-    """Add one micro-batch to `progress.micro_batches`: one backward pass a task, through all parameters.
-
-    Raises:
-        ValueError: a loss is not usable under ``nonfinite="raise"``; the micro-batches before it stay.
-    """
-    device = parameters[plan.averaged[0]].device
-    values = losses.values(device)
-    if plan.settings.nonfinite == "raise":
-        mine = {task: (None, value) for task, value in enumerate(values.tolist()) if losses.losses[task] is not None}
-        for task, (rank, value) in (mine if totals is None else totals.bad).items():
-            if not math.isfinite(value):
-                message = describe_bad_loss(
-                    losses.names[task], value, plan.settings.eps, log_transform=False, rank=rank
-                )
-                raise ValueError(message)
-    total = progress.micro_batches or no_micro_batches(values)
-    # A micro-batch of half precision, or without any task, must not round the losses of the others.
-    total.losses = total.losses.to(torch.promote_types(total.losses.dtype, values.dtype))
-    before = take_gradients(parameters)
-    # A failure in the middle of the passes ends the batch: half a micro-batch must not go into the next one.
-    progress.micro_batches = None
+def accumulate(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, samples: Samples) -> None:
+    """Add one micro-batch to those that wait; see `DualBalancedOptimizer.accumulate`."""
+    layout = parts.layout(base_optim)
+    ranks = parts.processes.over(layout)
     try:
-        failure = None
-        try:
-            _add_passes(total, ranks, parameters, losses, samples, values, scale)
-        except BaseException as error:
-            if not ranks.holds_failures:
-                raise
-            failure = error
-        if ranks.holds_failures:
-            ranks.close(failure, [])
+        given = meet(parts, layout, ranks, "accumulate()", losses, scaler, samples)
+        _check_values(parts, given)
+        before = parts.pending.micro_batches or no_micro_batches(given.values)
+        # A micro-batch of half precision, or without any task, must not round the losses of the others.
+        before.losses = before.losses.to(torch.promote_types(before.losses.dtype, given.values.dtype))
+        # A failure in the middle of the passes ends the batch: half a micro-batch must not go into the next one.
+        parts.pending.micro_batches = None
+        outside = outside_of(given.losses.given, layout.parameters) if ranks.outside_get_gradients else []
+        with set_aside([*layout.parameters, *outside]), _settled(ranks):
+            _add_passes(before, ranks, layout.with_heads(outside), given)
+    finally:
+        ranks.reset()
+    parts.pending.micro_batches = before
+    parts.pending.tasks, parts.pending.named = given.losses.names, given.losses.named
+
+
+@contextmanager
+def _settled(ranks: Alone) -> Iterator[None]:
+    """An error of one rank is one of all."""
+    failure: BaseException | None = None
+    try:
+        yield
+    except BaseException as error:
+        if not isinstance(ranks, Ranks) or ranks.reduces_in_passes:
+            raise
+        failure = error
+    try:
+        if isinstance(ranks, Ranks) and not ranks.reduces_in_passes:
+            ranks.settle(failure)
     finally:
         del failure
-        put_gradients(parameters, before)
-        ranks.reset()
-    progress.micro_batches = total
 
 
-def _add_passes(
-    total: MicroBatches,
-    ranks: Alone,
-    parameters: list[Tensor],
-    losses: TaskLosses,
-    samples: Sequence[float],
-    values: Tensor,
-    scale: Scalar | None,
-) -> None:
+def _check_values(parts: Parts, given: Given) -> None:
+    """Refuse a micro-batch with a loss that is not finite; only the mean loss has to be positive."""
+    if parts.settings.nonfinite != "raise":
+        return
+    values = given.values.tolist()
+    here = {task: (None, values[task]) for task, loss in enumerate(given.losses.losses) if loss is not None}
+    for task, (rank, value) in (here if given.totals is None else given.totals.bad).items():
+        if not math.isfinite(value):
+            raise ValueError(describe_bad_loss(given.losses.names[task], value, 0.0, False, rank))
+
+
+def _add_passes(total: MicroBatches, ranks: Alone, layout: Layout, given: Given) -> None:
     """The passes of one micro-batch, added to `total`."""
-    if len(losses.present) > 1:
-        starts = values.new_ones(len(losses.present)).unbind()
-        check_replay(ranks.take_pass, losses.given, starts, [losses.names[task] for task in losses.present], parameters)
+    losses, samples = given.losses, given.samples
+    everything = [*layout.shared, *layout.heads]
+    if any(given.marked) and len(losses.present) > 1:
+        starts = torch.ones_like(given.values).unbind()
+        check_replay(ranks.take, losses.losses, starts, losses.names, layout.parameters, given.marked)
     for task in losses.present:
         # Where passes add up the ranks' gradients, each must bring its number of samples along.
-        start = torch.ones_like(values[task]) * (samples[task] * ranks.averaging if ranks.reduces_in_passes else 1.0)
-        found = ranks.take_pass(
+        own = samples[task] * ranks.averaging if ranks.reduces_in_passes else 1.0
+        start = torch.full_like(given.values[task], own)
+        found = ranks.take(
             [losses.loss(task)],
-            [start if scale is None else start * scale],
+            [start if given.scale is None else start * given.scale],
             [losses.names[task]],
-            parameters,
+            everything,
             retain_graph=task != losses.present[-1],
         )
-        gradients = [None if gradient is None else unscaled(gradient, scale) for gradient in found]
-        total.add(task, gradients, 1.0 if ranks.reduces_in_passes else samples[task])
+        one = Pass(task, [], by_parameter(everything, found))
+        one = one if given.scale is None else next(unscaled(iter([one]), given.scale))
+        total.add(task, one.rest, 1.0 if ranks.reduces_in_passes else samples[task])
         if samples[task]:
             # A mean over no samples may be NaN.
-            total.losses[task] += values[task] * samples[task]
+            total.losses[task] += given.values[task] * samples[task]
             total.samples[task] += samples[task]

@@ -1,21 +1,28 @@
-"""Norms and scalars: Python numbers on a CPU, tensors that nobody waits for on another device."""
+"""Scalars, squares and finite tests: Python numbers on a CPU, tensors that nobody waits for on another device."""
 
 from __future__ import annotations
 
 import math
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 
 import torch
 from torch import Tensor
 
 # A CPU sums squares in pieces of this many elements: in one go over 1e8 elements float32 is 1 % off.
-_DOT_PIECE = 1 << 17
+_PIECE = 1 << 19
 
 # What a CPU knows at once is a Python number, what another device computes a scalar tensor that nobody waits for.
 Scalar = float | Tensor
 Flag = bool | Tensor
+
+# Where the host must not wait: there results stay tensors. Tests set it, to run that path on a CPU.
+ON_DEVICE: Callable[[torch.device], bool] = lambda device: device.type != "cpu"  # noqa: E731
+
+
+def on_device(device: torch.device) -> bool:
+    """Whether results on `device` stay tensors that the host does not read."""
+    return ON_DEVICE(device)
 
 
 @cache
@@ -24,70 +31,75 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype.to_real(), torch.float32)
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device without double precision."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """The gradient as a strided tensor; the same tensor where it is one."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
 def real(gradient: Tensor) -> Tensor:
     """The gradient as a dense real tensor; a complex one becomes pairs of real numbers."""
-    if gradient.layout is not torch.strided:
-        gradient = gradient.to_dense()
-    if gradient.is_complex():
-        return torch.view_as_real(gradient.resolve_conj())
-    return gradient
+    gradient = dense(gradient)
+    return torch.view_as_real(gradient.resolve_conj()) if gradient.is_complex() else gradient
 
 
-def vector_norm(row: Tensor) -> Scalar:
-    """The norm of a contiguous stretch, summed in float32 or wider; a number on a CPU."""
-    dtype = accumulation_dtype(row.dtype)
-    if row.is_cpu:
-        # A dot product takes half the time of a norm here, and pieces keep a half precision row's copies small.
-        if row.dtype == dtype and row.numel() <= _DOT_PIECE:
-            return math.sqrt(_square(row))
-        return math.sqrt(sum([_square(piece.to(dtype)) for piece in torch.split(row, _DOT_PIECE)]))
-    norm: Tensor = torch.linalg.vector_norm(row, dtype=dtype)
-    return norm
+def square_of(values: Tensor) -> Scalar:
+    """The sum of squares in float32 or wider: a number for a CPU tensor, else a scalar tensor."""
+    flat, dtype = values.reshape(-1), accumulation_dtype(values.dtype)
+    if on_device(flat.device):
+        norm: Tensor = torch.linalg.vector_norm(flat, dtype=dtype)
+        return norm.square()
+    if flat.numel() <= _PIECE:
+        flat = flat if flat.dtype == dtype else flat.to(dtype)
+        return torch.dot(flat, flat).item()
+    return math.fsum(torch.dot(piece, piece).item() for part in torch.split(flat, _PIECE) if [piece := part.to(dtype)])
 
 
-def _square(vector: Tensor) -> float:
-    return torch.dot(vector, vector).item()
+def squares_of(gradients: Iterable[Tensor]) -> list[Scalar]:
+    """The sums of squares of gradients of any layout, by device and dtype; finite where every element is."""
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    found: list[Scalar] = []
+    for gradient in gradients:
+        values = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
+        if on_device(values.device):
+            alike.setdefault((values.device, values.dtype), []).append(real(values))
+        else:
+            found.append(square_of(real(values)))
+    for (_, dtype), together in alike.items():
+        norms = torch._foreach_norm(together, dtype=accumulation_dtype(dtype))
+        found.append(torch.stack(norms).square().sum())
+    return found
 
 
-def joint_norm(norms: Sequence[Scalar], device: torch.device, shares: Sequence[float] | None = None) -> Scalar:
-    """||(a, b, ...)||_2 from the norms of the parts: a number on a CPU, a tensor on another `device`.
+def as_scalar(value: Scalar, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A number or a scalar tensor as a tensor on `device`, without a copy from the host."""
+    if isinstance(value, Tensor):
+        return value.to(device, dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
-    `shares` says what part of each square counts.
-    """
-    if shares is not None and any(share != 1 for share in shares):
-        norms = [norm if share == 1 else norm * math.sqrt(share) for norm, share in zip(norms, shares, strict=True)]
-    if device.type == "cpu":
-        return math.hypot(*[float(norm) for norm in norms])
-    tensors = [torch.as_tensor(norm).to(device) for norm in norms]
-    dtype = torch.float64 if any(norm.dtype == torch.float64 for norm in tensors) else torch.float32
-    joint: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(dtype) for norm in tensors]))
-    return joint
+
+def total_of(squares: Sequence[Scalar], device: torch.device) -> Scalar:
+    """The sum of squares from several devices and dtypes; a tensor on `device` as soon as one is a tensor."""
+    tensors = [square for square in squares if isinstance(square, Tensor)]
+    if not tensors:
+        return sum(squares)
+    dtype = torch.float64 if any(square.dtype == torch.float64 for square in tensors) else torch.float32
+    return torch.stack([as_scalar(square, dtype, device) for square in squares]).sum()
 
 
 def stack_scalars(values: Sequence[Scalar], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Numbers and scalar tensors as one vector on `device`; NaN numbers stand for what is missing."""
-    if device.type == "cpu":
-        return torch.tensor([float(value) for value in values], dtype=dtype, device=device)
-    return torch.stack(
-        [
-            v.to(device, dtype) if isinstance(v, Tensor) else torch.full((), v, dtype=dtype, device=device)
-            for v in values
-        ]
-    )
+    """Numbers and scalar tensors as one vector on `device`."""
+    if on_device(device):
+        return torch.stack([as_scalar(value, dtype, device) for value in values])
+    return torch.tensor([float(value) for value in values], dtype=dtype, device=device)
 
 
-def storage_uses(tensor: Tensor) -> int:
-    """How many tensors, and variables that hold its storage, use the tensor's memory, and a number that is fixed."""
-    storage = tensor.untyped_storage()
-    uses: int = torch._C._storage_Use_Count(storage._cdata)
-    return uses + sys.getrefcount(storage)
-
-
-# For a tensor on its own.
-USES_ALONE = storage_uses(torch.empty(1))
-
-
-def is_free(tensor: Tensor, own_uses: int = 1) -> bool:
-    """Whether a CPU tensor's memory is whole and used by nothing but `own_uses` tensors, here or in another process."""
-    whole = tensor.untyped_storage().nbytes() >= tensor.numel() * tensor.itemsize
-    return whole and storage_uses(tensor) == USES_ALONE + own_uses - 1 and not tensor.is_shared()  # type: ignore[no-untyped-call]
+def add_gradients(old: Tensor | None, new: Tensor) -> Tensor:
+    """old + new, neither of them written to."""
+    if old is None:
+        return new
+    return new + old if old.layout is not torch.strided else old + new

@@ -10,8 +10,6 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from ._numbers import Flag
-
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 Samples = float | Sequence[float] | Mapping[str, float] | Tensor
 
@@ -122,16 +120,16 @@ def _from_mapping(losses: Mapping[str, Tensor | None], names: tuple[str, ...] | 
             "keep to one form"
         )
     if names is None:
-        if not losses:
+        if len(losses) == 0:
             raise ValueError(
                 "losses must hold at least one task, got an empty mapping; name all tasks in the first call "
                 "(None for an absent one) or in task_weights"
             )
-        for name in losses:
+        for name in losses.keys():  # noqa: SIM118 - a mapping may iterate over something else, as tensordict does
             if not isinstance(name, str):
                 raise TypeError(f"losses must have task names of type str, got {name!r}")
-        names = tuple(losses)
-    unknown = [name for name in losses if name not in names]
+        names = tuple(losses.keys())
+    unknown = [name for name in losses.keys() if name not in names]  # noqa: SIM118
     if unknown:
         raise ValueError(
             f"losses names the unknown task {unknown[0]!r}; the tasks are {list(names)}, fixed by the first call "
@@ -205,30 +203,13 @@ def _number_of_samples(name: str, count: object, may_be_zero: bool) -> float:
     return float(count)
 
 
-def acceptable(values: Tensor, eps: float, log_transform: bool) -> list[Flag]:
-    """For every task whether its loss is finite, and above -eps where the log is taken. False where absent (NaN)."""
-    least = -eps if log_transform else -math.inf
-    if values.is_cpu:
-        return [least < value < math.inf for value in values.tolist()]
-    # Comparisons with NaN are false; isfinite() would take several passes.
-    return list(((values > least) & (values < math.inf)).unbind())
-
-
 def describe_bad_loss(name: str, value: float, eps: float, log_transform: bool, rank: int | None = None) -> str:
     """The message for a loss that cannot be used, on `rank` where there are several."""
     if log_transform and math.isfinite(value):
         rule = f"greater than -eps = {-eps} under the log transform"
-        remedy = "shift the loss, or pass log_transform=False for losses that can be negative"
+        remedy = "shift the loss, or pass log_transform=False (or a mapping {task: False}) for losses that can be negative"
     else:
         rule = "finite"
         remedy = "look for the operation that made it, or pass nonfinite='skip' to leave such batches out"
     where = "" if rank is None else f" on rank {rank}"
     return f"loss of task {name!r} must be {rule}, got {value}{where}; nothing was changed; {remedy}"
-
-
-def cotangents(values: Tensor, eps: float, log_transform: bool) -> Tensor:
-    """What each backward pass starts from, shape (T,): 1 / (loss_t + eps), or 1 without the log.
-
-    ``grad log(loss + eps) = grad loss / (loss + eps)``, so no logarithm is ever built.
-    """
-    return 1.0 / (values + eps) if log_transform else torch.ones_like(values)

@@ -1,0 +1,161 @@
+"""Saving and loading: between the parts of an optimizer and the form of a state dict."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from ._batch import Parts, new_store
+from ._checks import check_schedule, read_task_weights
+from ._members import Layout
+from ._meeting import Alone
+from ._processes import ALONE
+from ._state import Averages, Saved, check_fits, merge, new_averages, role, split
+from ._store import FlatGradientBuffer
+
+
+def saved_state(parts: Parts, base_optim: Optimizer) -> dict[str, Any]:
+    """The wrapped optimizer's state dict with the method's part beside its entries.
+
+    Averages are views of the rows, as torch's own entries are.
+    """
+    state, members = parts.state, parts.members
+    layout = parts.layout(base_optim)
+    known, tasks = state.averages, state.expected
+    ranks = ALONE if known is None and tasks is None else parts.processes.over(layout)
+    if known is None and tasks is not None:
+        # Zeros, into which torch.distributed.checkpoint.load can put what was saved.
+        known = new_averages(tasks, False, new_store(parts, layout, ranks, len(tasks)), list(layout.averaged), None)
+    places = {parameter: position for position, parameter in enumerate(layout.parameters)}
+    averages: dict[int, list[Tensor]] = {}
+    if known is not None and isinstance(known.store, FlatGradientBuffer):
+        for parameter, rows in zip(known.rows, known.store.averages(), strict=True):
+            if parameter in places:
+                averages[places[parameter]] = [ranks.entry(row, parameter) for row in rows]
+    trained = set(layout.shared)
+    counted = state.averages
+    method = Saved(
+        tasks=state.tasks,
+        named=state.named,
+        counts=[] if counted is None else counted.counts.tolist(),
+        batches=0 if counted is None else int(counted.batches),
+        ages=[] if counted is None else list(counted.ages),
+        beta=state.beta,
+        beta_decay=state.beta_decay,
+        task_weights=state.task_weights,
+        roles={
+            position: role(layout.parameters[position] in state.reached, layout.parameters[position] in trained)
+            for position in members.positions()
+        },
+        averages=averages,
+    )
+    return merge(base_optim.state_dict(), method, len(layout.parameters))
+
+
+def load_state(parts: Parts, base_optim: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Go on from a saved state; nothing changes if it does not fit."""
+    state, members = parts.state, parts.members
+    layout = parts.layout(base_optim)
+    base, saved = split(state_dict, members.positions(), members.positions(measured=True))
+    if saved is None:
+        base_optim.load_state_dict(base)
+        start_anew(parts)
+        return
+    check_fits(saved, state, layout.parameters)
+    check_schedule(saved.beta, saved.beta_decay)
+    base_optim.load_state_dict(base)
+    members.keep(saved.averages)
+    layout = parts.layout(base_optim)
+    ranks = parts.processes.over(layout) if saved.averages else ALONE
+    own = {
+        layout.parameters[position]: [ranks.own(row, layout.parameters[position]) for row in rows]
+        for position, rows in saved.averages.items()
+    }
+    parts.pending.clear()
+    parts.pending.balance, parts.pending.loaded = None, True
+    state.beta, state.beta_decay = saved.beta, saved.beta_decay
+    state.task_weights = saved.task_weights or state.task_weights
+    state.reached.clear()
+    state.reached.update(layout.parameters[p] for p, what in saved.roles.items() if what == "reached")
+    if saved.tasks is None or not saved.counts:
+        state.averages = None
+        return
+    _fill(_room(parts, saved, layout, parts.processes.over(layout)), saved, own, parts)
+
+
+def _room(parts: Parts, saved: Saved, layout: Layout, ranks: Alone) -> Averages:
+    """The averages to load into: those that are there, so that a captured graph goes on, or new ones."""
+    known, tasks = parts.state.averages, saved.tasks or ()
+    fits = known is not None and len(known.tasks) == len(tasks) and known.rows == layout.averaged
+    if known is None or not fits or isinstance(known.store, FlatGradientBuffer) != bool(saved.averages):
+        store = new_store(parts, layout, ranks, len(tasks))
+        known = parts.state.averages = new_averages(tasks, saved.named, store, list(layout.averaged), None)
+    known.tasks, known.named = tasks, saved.named
+    return known
+
+
+def _fill(known: Averages, saved: Saved, rows: dict[Tensor, list[Tensor]], parts: Parts) -> None:
+    """Write a checkpoint's numbers in place."""
+    missing: list[None] = [None] * len(saved.counts)
+    known.counts.copy_(torch.tensor(saved.counts))
+    known.batches.fill_(saved.batches)
+    known.ages[:] = saved.ages
+    set_weights(known, parts.state.task_weights)
+    if isinstance(known.store, FlatGradientBuffer):
+        known.store.load_averages([rows.get(parameter) or missing for parameter in known.rows])
+        if parts.members.joint:
+            # Norms belong to the averages, so a checkpoint need not hold them.
+            known.norms.copy_(known.store.load_norms())
+
+
+def set_weights(known: Averages, weights: list[float] | None) -> None:
+    """Set the priorities in place."""
+    known.task_weights.copy_(torch.tensor(weights or [1.0] * len(known.tasks), dtype=known.task_weights.dtype))
+
+
+def start_anew(parts: Parts) -> None:
+    """Forget averages, counts, names that the constructor did not fix, and micro-batches."""
+    parts.pending.clear()
+    parts.pending.balance = None
+    parts.state.reached.clear()
+    parts.state.averages = None
+
+
+def reset(parts: Parts, base_optim: Optimizer) -> None:
+    """Forget, and take the shared parameters as they are now."""
+    parts.members.start_anew(base_optim)
+    known = parts.state.averages
+    layout = parts.layout(base_optim)
+    if known is not None and known.rows == layout.averaged and isinstance(known.store, FlatGradientBuffer):
+        # In place, so that a captured graph starts anew too.
+        known.store.load_averages([[None] * len(known.tasks)] * len(known.rows))
+        for vector in (known.counts, known.batches, known.norms):
+            vector.zero_()
+    start_anew(parts)
+
+
+def change_weights(parts: Parts, task_weights: Any) -> None:
+    """Set the priorities of the tasks.
+
+    Raises:
+        TypeError, ValueError: not one number >= 0 for each task.
+    """
+    state = parts.state
+    names, weights = read_task_weights(task_weights)
+    tasks = state.tasks
+    if names is not None and tasks is not None:
+        if not state.named or set(names) != set(tasks):
+            raise ValueError(f"task_weights must be of the tasks {list(tasks)}, got {list(names)}")
+        by_name = dict(zip(names, weights or (), strict=True))
+        weights = [by_name[name] for name in tasks]
+    if weights is not None and tasks is not None and len(weights) != len(tasks):
+        raise ValueError(f"task_weights must have {len(tasks)} entries, one a task, got {len(weights)}")
+    if tasks is None and names is not None:
+        state.names = names
+    state.task_weights = weights
+    if state.averages is not None:
+        set_weights(state.averages, weights)
+

@@ -1,0 +1,182 @@
+"""Looking at the graph behind the losses: its leaves, and whether it may be walked more than once.
+
+A compiled backward may overwrite ("donate") the tensors that its forward saved, and so may that of a custom
+`torch.autograd.Function` (fused cross entropies and norms do). Balancing walks a graph once a task: every pass after
+the first would be wrong without a word. So each such class is run twice from one loss when it is first seen.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+from torch.autograd.function import BackwardCFunction
+from torch.autograd.graph import Node
+
+from ._numbers import squares_of, total_of
+from ._passes import REMEDY, Gradients, Take, set_aside
+
+# Classes of backward nodes whose second pass gave the gradient of the first.
+_verified: WeakSet[type] = WeakSet()
+# Gradients of two passes agree to this relative precision of each parameter's norm; a wrong one is far off.
+_TOLERANCE = 1e-2
+# A class with this attribute set is not checked: its backward has noise of its own.
+NOISY = "backward_has_noise"
+_COMPILED = "CompiledFunctionBackward"
+
+
+def nodes_of(losses: Sequence[Tensor]) -> list[Node]:
+    """Every node of the graph behind the losses, in no particular order."""
+    nodes = [loss.grad_fn for loss in losses if loss.grad_fn is not None]
+    seen = set(nodes)
+    for node in nodes:
+        for following, _ in node.next_functions:
+            if following is not None and following not in seen:
+                seen.add(following)
+                nodes.append(following)
+    return nodes
+
+
+def leaves_of(losses: Sequence[Tensor], nodes: Sequence[Node] | None = None) -> list[Tensor]:
+    """Every leaf that a backward pass from `losses` would give a gradient to, in no particular order."""
+    found = [leaf for node in (nodes_of(losses) if nodes is None else nodes) if (leaf := leaf_of(node)) is not None]
+    return found + [loss for loss in losses if loss.grad_fn is None]
+
+
+def leaf_of(node: Node) -> Tensor | None:
+    """The leaf that the node accumulates a gradient into; None for any other node, whatever its attributes."""
+    leaf: Tensor | None = node.variable if node.name() == _ACCUMULATES else None  # type: ignore[attr-defined]
+    return leaf
+
+
+_ACCUMULATES = "torch::autograd::AccumulateGrad"
+
+
+def outside_of(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Leaves of the graph that are not among `parameters`."""
+    known = set(parameters)
+    return [leaf for leaf in leaves_of(losses) if leaf not in known]
+
+
+def unverified(losses: Sequence[Tensor | None]) -> list[set[type]]:
+    """For each loss the classes in its graph that have yet to prove that they can be walked twice.
+
+    Walks no graph where nothing was compiled and no custom Function is left to be checked.
+    """
+    if not _anything_compiled() and not _anything_foreign():
+        return [set() for _ in losses]
+    return [_to_check(loss) for loss in losses]
+
+
+class _Seen:
+    """Every Function class when they were last looked at, how many there were, and whether one is to be checked."""
+
+    classes: list[type] = [torch.autograd.Function]
+    number = -1
+    foreign = False
+
+
+def _anything_foreign() -> bool:
+    number = sum(map(len, map(type.__subclasses__, _Seen.classes))) + len(_verified)
+    if number != _Seen.number:
+        found: list[type] = [torch.autograd.Function]
+        for kind in found:
+            found.extend(kind.__subclasses__())
+        _Seen.classes, _Seen.number = found, len(found) - 1 + len(_verified)
+        _Seen.foreign = any(map(_is_foreign, found[1:]))
+    return _Seen.foreign
+
+
+def _to_check(loss: Tensor | None) -> set[type]:
+    kinds = {type(node) for node in nodes_of([] if loss is None else [loss])}
+    return {kind for kind in kinds if kind not in _verified and _may_overwrite(kind)}
+
+
+def _may_overwrite(kind: type) -> bool:
+    if kind.__name__ == _COMPILED:
+        return True
+    return issubclass(kind, BackwardCFunction) and _is_foreign(getattr(kind, "_forward_cls", kind))
+
+
+def _is_foreign(function: type) -> bool:
+    """Whether a Function is to be checked: not one of torch's own, which may communicate and keep what they saved."""
+    backward = getattr(function, "_backward_cls", None)
+    return (
+        not function.__module__.startswith(("torch.", "torch_"))
+        and not getattr(function, NOISY, False)
+        and backward not in _verified
+    )
+
+
+def _anything_compiled() -> bool:
+    """Whether torch.compile made a graph in this process."""
+    utils = sys.modules.get("torch._dynamo.utils")
+    return utils is not None and utils.counters["stats"]["unique_graphs"] > 0
+
+
+def check_replay(
+    take: Take,
+    losses: Sequence[Tensor | None],
+    starts: Sequence[Tensor],
+    names: Sequence[str],
+    parameters: Sequence[Tensor],
+    marked: Sequence[bool],
+) -> None:
+    """Raise unless the classes that are new in these graphs survive a second backward pass.
+
+    Two extra passes of one loss for each class, the first time it is seen. They start from three times the cotangent:
+    a backward that scales what it saved in place shows only where that differs from 1.
+
+    Args:
+        take: how a pass is made, as `take_backward`.
+        losses: the losses of this batch, whose graphs have not been used yet.
+        starts: a cotangent for each.
+        names: their tasks, for messages.
+        parameters: all parameters whose gradients count.
+        marked: for each task whether some rank has to check it; all ranks replay together.
+
+    Raises:
+        RuntimeError: the second pass differs. No `.grad` was changed.
+    """
+    for loss, start, name, replay in zip(losses, starts, names, marked, strict=True):
+        if loss is None or not replay:
+            continue
+        new = _to_check(loss)
+        everything = list(dict.fromkeys([*parameters, *leaves_of([loss])]))
+        with set_aside(everything):
+            first, second = (
+                _squares(take([loss], [3 * start], [name], everything, retain_graph=True)) for _ in range(2)
+            )
+        if not all(_close(a, b) for a, b in zip(first, second, strict=True)):
+            raise RuntimeError(_overwrites(new))
+        _verified.update(new)
+
+
+def _squares(gradients: Gradients) -> list[float]:
+    """The squared norm of every gradient, 0 where there is none."""
+    return [0.0 if g is None else float(total_of(squares_of([g]), g.device)) for g in gradients]
+
+
+def _close(first: float, second: float) -> bool:
+    # A gradient that is not finite says nothing, and is refused elsewhere.
+    return not abs(first) < float("inf") or abs(first - second) <= 2 * _TOLERANCE * max(first, second)
+
+
+def _overwrites(kinds: set[type]) -> str:
+    functions = sorted(
+        getattr(kind, "_forward_cls", kind).__qualname__ for kind in kinds if kind.__name__ != _COMPILED
+    )
+    if not functions:
+        return (
+            "a compiled region gives another gradient when its graph is used a second time, as one pass a task "
+            f"needs: its backward overwrites what the forward saved; nothing was changed; {REMEDY}"
+        )
+    return (
+        f"the backward of {' or '.join(functions)} gives another gradient when its graph is used a second time, as one pass "
+        "a task needs: it overwrites what its forward saved; nothing was changed; use another implementation of it (most "
+        "fused kernels have a switch for that, or compute in the eager form), or, if its backward has noise of its own, "
+        f"set {functions[0]}.{NOISY} = True"
+    )

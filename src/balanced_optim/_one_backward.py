@@ -1,0 +1,170 @@
+"""The one-backward form: norms on a subset of the shared parameters, or as last measured, then one joint pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from ._graph import outside_of
+from ._micro_batches import MicroBatches, added, sum_of
+from ._numbers import Flag, dense, on_device
+from ._passes import Gradients, Pass, Passes, Take, hidden_part
+from ._rule import Rule
+from ._step import Batch, Close, Step, add_rest, apart, by_parameter
+from ._store import finite
+
+
+def is_measured(batch: Batch, refresh_every: int) -> bool:
+    """Whether this step measures norms: if a task here has none, or one that is `refresh_every` steps old."""
+    return any(not 0 < batch.known.ages[task] < refresh_every for task in batch.running)
+
+
+def one_backward_step(
+    measure: Passes | None, batch: Batch, rule: Rule, joint: Callable[[Tensor, list[int], bool], Passes], close: Close
+) -> Step:
+    """Weights from the norms of short passes, or from those of an earlier step; then one joint backward.
+
+    Args:
+        measure: short passes that stop at `norm_params` and heads; None to reuse the norms that are known.
+        batch: its facts.
+        rule: how norms become weights.
+        joint: makes the joint pass of ``sum_t w_t log(loss_t + eps)`` for weights (T,) and the tasks that count, with the
+            heads where asked.
+        close: see `exact_step`.
+    """
+    store, terms, known = batch.known.store, batch.terms, batch.known
+    store.start(terms)
+    rest: dict[Tensor, Tensor] = {}
+    if measure is None:
+        norms = _known_norms(batch)
+    else:
+        for one in measure:
+            add_rest(rest, one.rest, store.add(one), masked=not terms.refuses)
+        norms = store.norms()
+    # w_t = alpha / ||ema_t|| on the subset.
+    weights = rule.joint_weights(norms, terms.power, batch.unsolved, known.task_weights)
+    # grad sum_t w_t log(loss_t + eps)
+    shared: dict[Tensor, Tensor] = {}
+    ok: Flag = True
+    counted = _counted(batch, norms)
+    for one in joint(weights, counted, measure is None):
+        fine = [finite(part, store.device) for part in (Pass(-1, one.shared, {}, one.ok), Pass(-1, [], one.rest, one.ok))]
+        shared = by_parameter(batch.layout.shared, list(one.shared))
+        own = dict(one.rest)
+        if not terms.refuses:
+            shared, own = _zeros_unless(fine[0], shared), _zeros_unless(fine[1], own)
+        add_rest(rest, own, True, masked=False)
+        ok = (fine[0] & fine[1]) if terms.refuses else True
+    norms, rest, reached = close(norms, rest, set(shared))
+    everything = apart(shared | rest)
+    shared, rest = ({p: everything[p] for p in part} for part in (shared, rest))
+    return Step(norms, weights, bool(counted), shared, rest, reached, [] if measure is None else batch.present, ok)
+
+
+def _zeros_unless(ok: Flag, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """The gradients, or zeros where something in them is not finite; whose fault it is cannot be told any more."""
+    if ok is True:
+        return gradients
+    flag = torch.as_tensor(ok)
+    return {p: torch.where(flag.to(g.device), dense(g), 0.0) for p, g in gradients.items()}
+
+
+def _known_norms(batch: Batch) -> Tensor:
+    """The norms as last measured of the tasks that are here and usable; NaN for all others."""
+    known, usable = batch.known.norms, batch.terms.usable
+    here = [task in batch.running for task in range(len(known))]
+    counts = torch.where(usable, known, torch.nan) if isinstance(usable, Tensor) else known
+    numbers = counts.unbind()
+    missing = torch.full_like(known[0], torch.nan)
+    return torch.stack([number if there else missing for number, there in zip(numbers, here, strict=True)])
+
+
+def _counted(batch: Batch, norms: Tensor) -> list[int]:
+    """The tasks that count, as far as the host knows."""
+    if on_device(norms.device):
+        return batch.running
+    sizes = norms.tolist()
+    return [task for task in batch.running if not math.isnan(sizes[task])]
+
+
+def joint_pass(
+    batch: Batch, take: Take, weights: Tensor, counted: Sequence[int], with_heads: bool, stops: bool
+) -> Passes:
+    """The source of the joint pass: first the heads, each by its own log-loss, then what is shared, by weight.
+
+    Args:
+        batch: its facts.
+        take: how a pass is made.
+        weights: w_t, (T,).
+        counted: the tasks that count.
+        with_heads: False where the short passes have brought the heads' gradients.
+        stops: whether a pass stops where it is asked to.
+    """
+    layout = batch.layout
+    here = [task for task in counted if batch.losses.losses[task] is not None]
+    rest: Gradients = []
+    if with_heads:
+        # Not a product with 0: the start of a bad loss may be NaN.
+        starts = batch.starts.masked_fill(~batch.starts.isfinite(), 0.0)
+        rest = _joint(batch, take, here, starts, layout.heads, retain_graph=True, stops=stops)
+    starts = (batch.starts * weights).masked_fill(~(weights > 0), 0.0)
+    shared = _joint(batch, take, here, starts, layout.shared, retain_graph=False, stops=stops)
+    yield Pass(-1, shared, by_parameter(layout.heads, rest))
+
+
+def _joint(
+    batch: Batch,
+    take: Take,
+    tasks: Sequence[int],
+    starts: Tensor,
+    wanted: Sequence[Tensor],
+    *,
+    retain_graph: bool,
+    stops: bool,
+) -> Gradients:
+    """One pass from several losses to some of the parameters."""
+    inputs = [parameter for parameter in wanted if parameter.requires_grad]
+    if not inputs or not tasks:
+        return [None] * len(wanted)
+    losses, names = [batch.losses.loss(task) for task in tasks], [batch.losses.names[task] for task in tasks]
+    everything, each = [*batch.layout.shared, *batch.layout.heads], starts.unbind()
+    found = by_parameter(
+        everything,
+        take(losses, [each[task] for task in tasks], names, everything, retain_graph=retain_graph, inputs=inputs),
+    )
+    if stops and len(found) > sum(parameter in found for parameter in inputs):
+        raise RuntimeError(hidden_part(names))
+    return [found.get(parameter) for parameter in wanted]
+
+
+def with_joint_earlier(
+    passes: Passes,
+    before: MicroBatches,
+    batch: Batch,
+    factors: Tensor,
+    weights: Tensor,
+    counted: Sequence[int],
+    with_heads: bool,
+) -> Passes:
+    """Stage: add what earlier micro-batches brought, heads by their own log-loss, what is shared by weight."""
+    inside = set(batch.layout.shared)
+    shared = sum_of(before, counted, factors * weights.masked_fill(~(weights > 0), 0.0))
+    heads = sum_of(before, counted, factors) if with_heads else {}
+    more = {p: g for p, g in shared.items() if p in inside} | {p: g for p, g in heads.items() if p not in inside}
+    for one in passes:
+        yield added(one, more, batch.layout.shared)
+
+
+def outside_heads(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """Leaves of the graph that are not in the optimizer and get a `.grad` all the same.
+
+    Raises:
+        RuntimeError: one of them has a hook, which may run a backward pass of its own; a joint pass would lose it.
+    """
+    outside = outside_of(losses, parameters)
+    if any(leaf._backward_hooks for leaf in outside):
+        raise RuntimeError(hidden_part(["with a hook on a leaf"]))
+    return outside

@@ -1,0 +1,185 @@
+"""Ranks that hold all parameters: plain modules, with DistributedDataParallel around them or without.
+
+Task gradients are taken by `torch.autograd.grad`, which leaves DistributedDataParallel's own reduction, made for one
+pass a step, out of it: a plain ``ddp(x)`` works with all its options, and buffers are still broadcast. Each task's
+gradients go as one flat message while the next task's pass runs; its last two numbers say whether this rank has failed,
+and whether a head's gradient is not finite. One message for the heads ends the batch.
+
+Sent: an all-reduce of n a task and one of the heads. Memory: two messages of n scalars under way.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ._meeting import Ranks
+from ._numbers import accumulation_dtype, as_scalar, on_device, real
+from ._passes import Gradients, Pass, Passes
+from ._store import finite
+
+
+class _Message:
+    """A flat vector for gradients of one device and dtype, with room for other numbers at its end."""
+
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype, extra: int, device: torch.device) -> None:
+        shapes = [real(torch.empty_like(parameter, device="meta")).shape for parameter in parameters]
+        sizes = [shape.numel() for shape in shapes]
+        # Even places, so that pairs can be seen as complex numbers.
+        ends = [0]
+        for size in sizes:
+            ends.append(ends[-1] + size + size % 2)
+        self.flat = torch.zeros(ends[-1] + extra, dtype=dtype, device=device)
+        self.extra = self.flat[ends[-1] :]
+        self._views = [self.flat[s : s + n].view(shape) for s, n, shape in zip(ends, sizes, shapes, strict=False)]
+        self.gradients = [
+            torch.view_as_complex(view) if parameter.is_complex() else view
+            for view, parameter in zip(self._views, parameters, strict=True)
+        ]
+
+    def fill(self, gradients: Sequence[Tensor | None]) -> None:
+        """Copy the gradients in, zeros for None."""
+        missing = [view for view, gradient in zip(self._views, gradients, strict=True) if gradient is None]
+        if missing:
+            torch._foreach_zero_(missing)
+        targets = [view for view, gradient in zip(self._views, gradients, strict=True) if gradient is not None]
+        if targets:
+            torch._foreach_copy_(targets, [real(gradient) for gradient in gradients if gradient is not None])
+
+
+class _Bundle:
+    """The messages of one set of parameters, one for each device and dtype; made once."""
+
+    def __init__(
+        self, parameters: Sequence[Tensor], extra: int, device: torch.device, widest: torch.dtype = torch.float32
+    ) -> None:
+        alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for index, parameter in enumerate(parameters):
+            kind = parameter.device, torch.promote_types(accumulation_dtype(parameter.dtype), widest)
+            alike.setdefault(kind, []).append(index)
+        self.number = len(parameters)
+        self.parts = [
+            (members, _Message([parameters[m] for m in members], dtype, extra if part == 0 else 0, where))
+            for part, ((where, dtype), members) in enumerate(alike.items())
+        ] or [([], _Message([], widest, extra, device))]
+        self.extra = self.parts[0][1].extra
+
+    def send(self, gradients: Sequence[Tensor | None], group: dist.ProcessGroup) -> Callable[[], Gradients]:
+        """Start to add up; the returned function waits and gives the sums, views that stay until the next send."""
+        works = []
+        for members, message in self.parts:
+            message.fill([gradients[member] for member in members])
+            works.append(dist.all_reduce(message.flat, group=group, async_op=True))
+
+        def receive() -> Gradients:
+            result: Gradients = [None] * self.number
+            for work, (members, message) in zip(works, self.parts, strict=True):
+                work.wait()
+                for member, gradient in zip(members, message.gradients, strict=True):
+                    result[member] = gradient
+            return result
+
+        return receive
+
+
+class Replicas(Ranks):
+    """Every rank has all parameters and all averages.
+
+    Args:
+        group: the ranks.
+        shared: all shared parameters.
+        heads: all others in the optimizer.
+        norm_dtype: of the norms.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, shared: Sequence[Tensor], heads: Sequence[Tensor], norm_dtype: torch.dtype
+    ) -> None:
+        super().__init__(group, (shared or heads)[0].device)
+        self._shared, self._heads, self._norm_dtype = list(shared), list(heads), norm_dtype
+        self._bundles: dict[tuple[int, ...], list[_Bundle]] = {}
+        self._last: dict[int, _Bundle] = {}
+        self._failure: BaseException | None = None
+        self._reached: set[Tensor] = set()
+
+    def reduced(self, passes: Passes, tasks: Sequence[int], shared: Sequence[Tensor], *, held: bool) -> Passes:
+        """Stage: task t travels while the pass of task t + 1 runs. A rank that failed goes on sending flagged zeros.
+
+        With `held` every task has a message of its own, since all are looked at together.
+        """
+        bundles = self._bundles.setdefault(tuple(map(id, shared)), [])
+        while len(bundles) < (len(tasks) if held else 2):
+            bundles.append(_Bundle(shared, 2, self._device))
+        under_way: deque[tuple[Pass, _Bundle, Callable[[], Gradients]]] = deque()
+        for number, task in enumerate(tasks):
+            one = self._next(passes, task, len(shared))
+            bundle = bundles[number % len(bundles)]
+            self._note(bundle, one, shared)
+            under_way.append((one, bundle, bundle.send(one.shared, self._group)))
+            if len(under_way) == 2:
+                yield _received(*under_way.popleft())
+        while under_way:
+            yield _received(*under_way.popleft())
+
+    def _next(self, passes: Passes, task: int, number: int) -> Pass:
+        """The next pass, or zeros where this rank has failed: the others still wait for its messages."""
+        if self._failure is None:
+            try:
+                return next(passes)
+            except BaseException as failure:
+                self._failure = failure
+        return Pass(task, [None] * number)
+
+    def _note(self, bundle: _Bundle, one: Pass, shared: Sequence[Tensor]) -> None:
+        self._reached.update(p for p, gradient in zip(shared, one.shared, strict=True) if gradient is not None)
+        fine = finite(Pass(one.task, [], one.rest, one.ok), self._device)
+        bundle.extra[0] = self._failure is not None
+        if isinstance(fine, Tensor):
+            bundle.extra[1] = fine.logical_not().to(bundle.extra.device)
+        else:
+            bundle.extra[1] = not fine
+
+    def close(self, norms: Tensor, rest: dict[Tensor, Tensor], reached: set[Tensor]) -> tuple[Any, Any, Any]:  # noqa: ARG002
+        """One message: this rank's failure, what it has reached, rank 0's norms, the gradients of all heads."""
+        everything = [*self._shared, *self._heads]
+        bundle = self._last.get(len(norms)) or self._renew(len(norms))
+        bits = [self._failure is not None, *(p in self._reached or p in rest for p in everything)]
+        known = torch.tensor(bits, dtype=bundle.extra.dtype).to(bundle.extra.device)
+        own = norms.to(bundle.extra.device, bundle.extra.dtype)
+        # Unlike machines must not drift apart: rank 0's norms are everybody's.
+        bundle.extra.copy_(torch.cat([known, own if self._rank == 0 else torch.zeros_like(own)]))
+        sums = bundle.send([rest.get(parameter) for parameter in self._heads], self._group)()
+        failed, *counts = bundle.extra[: len(bits)].tolist()
+        if failed:
+            failure, self._failure = self._failure, None
+            try:
+                self._raise_everywhere(failure)
+            finally:
+                del failure
+        some = {p for p, count in zip(everything, counts, strict=True) if count}
+        heads = {p: total.clone() for p, total in zip(self._heads, sums, strict=True) if p in some and total is not None}
+        return bundle.extra[len(bits) :].to(norms.device, norms.dtype).clone(), heads, {p for p in self._shared if p in some}
+
+    def _renew(self, tasks: int) -> _Bundle:
+        extra = 1 + len(self._shared) + len(self._heads) + tasks
+        bundle = self._last[tasks] = _Bundle(self._heads, extra, self._device, self._norm_dtype)
+        return bundle
+
+    def reset(self) -> None:
+        """Forget the batch."""
+        self._failure = None
+        self._reached = set()
+
+
+def _received(one: Pass, bundle: _Bundle, receive: Callable[[], Gradients]) -> Pass:
+    shared = receive()
+    if one.task < 0:
+        # A joint pass becomes `.grad`, which outlives the message.
+        shared = [None if gradient is None else gradient.clone() for gradient in shared]
+    fine = bundle.extra.sum() == 0
+    return Pass(one.task, shared, one.rest, fine if on_device(bundle.extra.device) else bool(fine))
