@@ -46,10 +46,10 @@ def _kernels() -> ModuleType:
 
 
 def _launch(kernel: Any, device: torch.device, blocks: int, *arguments: Any, **constants: Any) -> None:
-    """Triton launches on the current device."""
+    """Launch on `device`. Without fused multiply-adds a result does not depend on the version of Triton."""
     if blocks:
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            kernel[(blocks,)](*arguments, **constants, num_warps=8)
+            kernel[(blocks,)](*arguments, **constants, num_warps=8, enable_fp_fusion=False)
 
 
 def _triton(dtype: torch.dtype) -> Any:
@@ -116,7 +116,9 @@ class _Place:
             a == b or n == 1 for a, b, n in zip(strides, self.stride, self.shape, strict=True)
         ):
             return gradient
-        return torch.empty_strided(self.shape, self.stride, dtype=gradient.dtype, device=gradient.device).copy_(gradient)
+        return torch.empty_strided(self.shape, self.stride, dtype=gradient.dtype, device=gradient.device).copy_(
+            gradient
+        )
 
 
 class _Segment:
@@ -127,7 +129,9 @@ class _Segment:
     keep: Tensor
     gain: Tensor
 
-    def __init__(self, parameters: Sequence[Tensor], members: list[int], dtype: torch.dtype, shares: list[float]) -> None:
+    def __init__(
+        self, parameters: Sequence[Tensor], members: list[int], dtype: torch.dtype, shares: list[float]
+    ) -> None:
         self.members, self.dtype, self.wide, self.shares = members, dtype, _wide(dtype), shares
         self.device, self.gradient_dtype = parameters[0].device, parameters[0].dtype.to_real()
         self.places, self.length = list[_Place](), 0

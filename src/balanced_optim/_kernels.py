@@ -13,13 +13,33 @@ import triton.language as tl
 
 
 @triton.jit
-def _values(address, inside, size, KIND: tl.constexpr, ALIGNED: tl.constexpr):
-    """The gradient's elements at `inside`, zeros from `size` on and where there is no gradient."""
+def _values(address, offset, size, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+    """A block of the gradient from `offset` on, zeros from `size` on and where there is no gradient."""
     pointer = address.to(tl.pointer_type(KIND))
     if ALIGNED:
-        # Loads are scalar unless the address is known to be a multiple of 16 bytes.
+        # Loads are scalar unless the address is known to be a multiple of 16 bytes, and under a mask of any size.
         pointer = tl.multiple_of(pointer, 16)
-    return tl.load(pointer + inside, mask=inside < tl.where(address != 0, size, 0), other=0.0)
+    inside = tl.multiple_of(offset, BLOCK) + tl.arange(0, BLOCK)
+    size = tl.where(address != 0, size, 0)
+    if offset + BLOCK <= size:
+        values = tl.load(pointer + inside)
+    else:
+        values = tl.load(pointer + inside, mask=inside < size, other=0.0)
+    return values
+
+
+@triton.jit
+def _narrow(values, DTYPE: tl.constexpr):
+    """The values in the dtype. The interpreter knows no way from float64 to bfloat16, and truncates on the other."""
+    if DTYPE == tl.bfloat16:
+        values = values.to(tl.float32)
+    return values.to(DTYPE)
+
+
+@triton.jit
+def _padded(size):
+    """Where the next parameter starts: up to there a row holds zeros, and whole vectors can be read and written."""
+    return tl.multiple_of((size + 63) // 64 * 64, 64)
 
 
 @triton.jit
@@ -68,18 +88,20 @@ def average_kernel(
         parameter = tl.load(owner + block)
         address = tl.load(table + parameter)
         if address != -1:
-            inside = tl.multiple_of(tl.load(offsets + block), BLOCK) + tl.arange(0, BLOCK)
+            offset = tl.load(offsets + block)
             size = tl.load(sizes + parameter)
-            new = _values(address, inside, size, KIND, ALIGNED).to(WIDE)
+            new = _values(address, offset, size, KIND, ALIGNED, BLOCK).to(WIDE)
             if ROWS:
+                inside = tl.multiple_of(offset, BLOCK) + tl.arange(0, BLOCK)
                 start = tl.load(starts + parameter)
                 source = tl.multiple_of(tl.load(slots + task).to(tl.int64) * length + start, 64)
                 target = tl.multiple_of(tl.load(slots + spare).to(tl.int64) * length + start, 64)
                 beta = tl.load(keep + task).to(WIDE)
                 # A fresh average does not look at what its row holds.
-                old = tl.load(rows + source + inside, mask=inside < tl.where(beta != 0, size, 0), other=0.0).to(WIDE)
-                stored = (beta * old + tl.load(gain + task).to(WIDE) * new).to(rows.dtype.element_ty)
-                tl.store(rows + target + inside, stored, mask=inside < size)
+                seen = tl.where(beta != 0, _padded(size), 0)
+                old = tl.load(rows + source + inside, mask=inside < seen, other=0.0).to(WIDE)
+                stored = _narrow(beta * old + tl.load(gain + task).to(WIDE) * new, rows.dtype.element_ty)
+                tl.store(rows + target + inside, stored, mask=inside < _padded(size))
                 new = stored.to(WIDE)
             tl.store(partials + block, tl.sum(new * new) * tl.load(shares + parameter))
     else:
@@ -87,8 +109,9 @@ def average_kernel(
         head = _head_of(block - blocks, firsts, heads)
         address = tl.load(table + parameters + head)
         if address != -1:
-            inside = (block - blocks - tl.load(firsts + head)) * BLOCK + tl.arange(0, BLOCK)
-            found = _values(address, inside, tl.load(table + parameters + heads + head), KIND, ALIGNED)
+            offset = (block - blocks - tl.load(firsts + head)) * BLOCK
+            size = tl.load(table + parameters + heads + head)
+            found = _values(address, offset, size, KIND, ALIGNED, BLOCK)
             if KIND != tl.float64:
                 found = found.to(tl.float32)
             strange = tl.sum((tl.abs(found) < float("inf")).to(tl.int32)) < BLOCK
@@ -150,31 +173,35 @@ def add_kernel(
     address = tl.load(table + parameter)
     scale = tl.load(scales + task).to(WIDE)
     if (address != -1) & ((fresh != 0) | ((scale != 0) & (address != 0))):
-        inside = tl.multiple_of(tl.load(offsets + block), BLOCK) + tl.arange(0, BLOCK)
+        offset = tl.load(offsets + block)
         size = tl.load(sizes + parameter)
+        gradient = _values(address, offset, tl.where(scale != 0, size, 0), KIND, ALIGNED, BLOCK).to(WIDE)
+        inside = tl.multiple_of(offset, BLOCK) + tl.arange(0, BLOCK)
         place = total + tl.multiple_of(tl.load(starts + parameter), 64) + inside
-        gradient = _values(address, inside, tl.where(scale != 0, size, 0), KIND, ALIGNED).to(WIDE)
-        old = tl.load(place, mask=inside < tl.where(fresh == 0, size, 0), other=0.0)
-        tl.store(place, old + scale * gradient, mask=inside < size)
+        old = tl.load(place, mask=inside < tl.where(fresh == 0, _padded(size), 0), other=0.0)
+        tl.store(place, old + scale * gradient, mask=inside < _padded(size))
 
 
 @triton.jit(do_not_specialize=["tasks", "length"])
 def sum_kernel(rows, slots, weights, out, tasks, length, WIDE: tl.constexpr, BLOCK: tl.constexpr):
     """out <- sum_t w_t * row_t in the order of the tasks; a row of weight 0 is not read."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    end = _padded(length)
     total = tl.zeros((BLOCK,), WIDE)
     for task in range(0, tasks):
         weight = tl.load(weights + task).to(WIDE)
         row = tl.multiple_of(tl.load(slots + task).to(tl.int64) * length, 64)
-        values = tl.load(rows + row + at, mask=at < tl.where(weight != 0, length, 0), other=0.0).to(WIDE)
+        values = tl.load(rows + row + at, mask=at < tl.multiple_of(tl.where(weight != 0, end, 0), 64), other=0.0).to(
+            WIDE
+        )
         total += weight * values
-    tl.store(out + at, total.to(out.dtype.element_ty), mask=at < length)
+    tl.store(out + at, _narrow(total, out.dtype.element_ty), mask=at < end)
 
 
 INTERPRETED = not isinstance(sum_kernel, triton.JITFunction)
 """Whether TRITON_INTERPRET=1 runs the kernels on a CPU. A block costs milliseconds there, whatever its size."""
 
 # Elements a block, and numbers that one step of `_total` takes.
-BLOCK = 1 << 14 if INTERPRETED else 1 << 10
-SUM_BLOCK = 1 << 14 if INTERPRETED else 1 << 11
+BLOCK = 1 << 12 if INTERPRETED else 1 << 10
+SUM_BLOCK = 1 << 12 if INTERPRETED else 1 << 11
 TOTAL_BLOCK = 1 << 8 if INTERPRETED else 1 << 11
