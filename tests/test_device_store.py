@@ -19,8 +19,9 @@ if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
 
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
 
-from balanced_optim import _cuda_store, _kernels
+from balanced_optim import _kernels
 from balanced_optim._cuda_store import DeviceRows, DeviceSum
 
 pytestmark = pytest.mark.interpreter
@@ -660,14 +661,14 @@ def test_the_modes_see_a_read():
 
 @pytest.mark.parametrize("kind", [DeviceRows, DeviceSum])
 def test_a_batch_reads_nothing_on_the_host(kind, monkeypatch):
-    launch = _cuda_store._launch
+    call = GridExecutor.__call__
 
     def unwatched(*args, **kwargs):
         # The interpreter itself reads tensors.
         with torch._C.DisableTorchFunction(), _disable_current_modes():
-            launch(*args, **kwargs)
+            call(*args, **kwargs)
 
-    monkeypatch.setattr(_cuda_store, "_launch", unwatched)
+    monkeypatch.setattr(GridExecutor, "__call__", unwatched)
     parameters = [randn(70), randn(3, dtype=torch.float64), randn(5, 2), torch.view_as_complex(randn(6, 2))]
     store = kind(parameters, 3) if kind is DeviceRows else kind(parameters)
     batches = [[[torch.randn_like(p) for p in parameters] for _ in range(3)] for _ in range(2)]

@@ -5,214 +5,50 @@ From `start` to `combine` nothing waits for the device. With TRITON_INTERPRET=1 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from ._device_layout import (
+    Kind,
+    PinnedTables,
+    Segment,
+    addresses_of,
+    dense,
+    kernels,
+    launch,
+    moved,
+    triton_dtype,
+    wide_dtype,
+)
+
 if TYPE_CHECKING:
     from ._passes import Pass
     from ._rule import Terms
 
-# Parameters start at multiples of this many elements, so that every row and parameter is aligned for vector loads.
-_ALIGNMENT = 64
 _GRAM_PIECE = 1 << 20
-_READABLE = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
-
-# A gradient's dtype, and whether its address is a multiple of 16 bytes.
-_Kind = tuple[torch.dtype, bool]
 
 
 @cache
 def triton_is_there() -> bool:
     """Whether the kernels can be had: Triton comes with torch for CUDA on Linux."""
     try:
-        _kernels()
+        kernels()
     except ImportError:
         return False
     return True
-
-
-def _kernels() -> ModuleType:
-    from . import _kernels
-
-    return _kernels
-
-
-def _launch(kernel: Any, device: torch.device, blocks: int, *arguments: Any, **constants: Any) -> None:
-    """Launch on `device`. Without fused multiply-adds a result does not depend on the version of Triton."""
-    if blocks:
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-            kernel[(blocks,)](*arguments, **constants, num_warps=8, enable_fp_fusion=False)
-
-
-def _triton(dtype: torch.dtype) -> Any:
-    return getattr(_kernels().tl, str(dtype).removeprefix("torch."))
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that values are computed in, and that rows have by default."""
-    return torch.promote_types(dtype.to_real(), torch.float32)
-
-
-def _moved(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    """A vector in one piece, as kernels read it; nobody waits for it."""
-    return torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True).contiguous()
-
-
-def _dense(tensor: Tensor) -> Tensor:
-    """The tensor strided and real (complex as pairs), in a dtype that the kernels read."""
-    tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
-    return tensor if tensor.dtype in _READABLE else tensor.float()
-
-
-def _addresses(tensors: Sequence[Tensor | None], default: torch.dtype) -> dict[_Kind, list[int]]:
-    """For each kind of gradient the addresses of all: 0 for none, -1 for one of another kind."""
-    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    kinds = [None if t is None else (t.dtype, a % 16 == 0) for t, a in zip(tensors, addresses, strict=True)]
-    first, *others = dict.fromkeys(kind for kind in kinds if kind is not None) or [(default, True)]
-    if not others:
-        return {first: addresses}
-    kinds = [first if kind is None else kind for kind in kinds]
-    return {
-        kind: [a if mine == kind else -1 for a, mine in zip(addresses, kinds, strict=True)] for kind in (first, *others)
-    }
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where one parameter lies in a row: `size` real elements from `start` on, shaped and strided like it."""
-
-    start: int
-    size: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(parameter: Tensor, start: int) -> _Place:
-        dense = torch.empty_like(parameter, device="meta")
-        dense = torch.view_as_real(dense) if dense.is_complex() else dense
-        return _Place(start, dense.numel(), tuple(dense.shape), tuple(dense.stride()), parameter.dtype)
-
-    def view(self, row: Tensor) -> Tensor:
-        part = row.as_strided(self.shape, self.stride, row.storage_offset() + self.start)
-        return torch.view_as_complex(part) if self.dtype.is_complex else part
-
-    def plain(self, gradient: Tensor | None) -> Tensor | None:
-        """The gradient with its elements in memory as in a row: itself where it is so already."""
-        if gradient is None or self.size == 0:
-            return None
-        gradient = _dense(gradient)
-        strides = gradient.stride()
-        if strides == self.stride or all(
-            a == b or n == 1 for a, b, n in zip(strides, self.stride, self.shape, strict=True)
-        ):
-            return gradient
-        return torch.empty_strided(self.shape, self.stride, dtype=gradient.dtype, device=gradient.device).copy_(
-            gradient
-        )
-
-
-class _Segment:
-    """The parameters of one device, row dtype and gradient dtype: one row is one stretch of memory."""
-
-    rows: Tensor | None = None
-    slots: Tensor
-    keep: Tensor
-    gain: Tensor
-
-    def __init__(
-        self, parameters: Sequence[Tensor], members: list[int], dtype: torch.dtype, shares: list[float]
-    ) -> None:
-        self.members, self.dtype, self.wide, self.shares = members, dtype, _wide(dtype), shares
-        self.device, self.gradient_dtype = parameters[0].device, parameters[0].dtype.to_real()
-        self.places, self.length = list[_Place](), 0
-        for parameter in parameters:
-            self.places.append(_Place.of(parameter, self.length))
-            self.length += -(-self.places[-1].size // _ALIGNMENT) * _ALIGNMENT
-        blocks = [(i, at) for i, place in enumerate(self.places) for at in range(0, place.size, _kernels().BLOCK)]
-        self.blocks = len(blocks)
-        self.tables = (
-            torch.tensor([owner for owner, _ in blocks], dtype=torch.int32, device=self.device),
-            torch.tensor([offset for _, offset in blocks], dtype=torch.int64, device=self.device),
-            torch.tensor([place.start for place in self.places], dtype=torch.int64, device=self.device),
-            torch.tensor([place.size for place in self.places], dtype=torch.int64, device=self.device),
-        )
-        self.share_table = torch.tensor(shares, dtype=self.wide, device=self.device)
-
-    def views(self, row: Tensor) -> Iterator[tuple[int, Tensor]]:
-        return zip(self.members, [place.view(row) for place in self.places], strict=True)
-
-    def measure(self, table: Tensor, kind: _Kind, partials: Tensor, heads: int, task: int | None) -> None:
-        """Average gradients of one kind into the spare row, and their squares; without rows or task squares alone."""
-        rows = None if task is None else self.rows
-        state = (table,) * 4 if rows is None else (rows, self.slots, self.keep, self.gain)
-        _launch(
-            _kernels().average_kernel, self.device, len(partials),
-            table, *self.tables, self.share_table, *state, partials,
-            task or 0, state[1].numel() - 1, self.length, len(self.places), heads, self.blocks,
-            ROWS=rows is not None, KIND=_triton(kind[0]), ALIGNED=kind[1], WIDE=_triton(self.wide),
-            BLOCK=_kernels().BLOCK,
-        )  # fmt: skip
-
-    def total(self, partials: Tensor) -> Tensor:
-        """The sum of partial squares, in double precision and a fixed order."""
-        out = torch.empty(1, dtype=torch.float64, device=partials.device)
-        block = _kernels().TOTAL_BLOCK
-        _launch(_kernels().total_kernel, partials.device, 1, partials, out, len(partials), BLOCK=block)
-        return out
-
-
-@dataclass
-class _Pinned:
-    """Address tables go to a GPU from pinned memory.
-
-    It cannot be allocated while a CUDA graph is captured, and must live as long as the graph: it is set aside in
-    batches before, as many tables as a batch needs, and what a capture has used is kept.
-    """
-
-    used: int = 0
-    spare: list[Tensor] = field(default_factory=list)
-    kept: list[Tensor] = field(default_factory=list)
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _Pinned, ()
-
-    def on(self, device: torch.device, words: list[int]) -> Tensor:
-        table = torch.tensor(words, dtype=torch.int64)
-        if device.type != "cuda":
-            return table
-        if not torch.cuda.is_current_stream_capturing():
-            self._set_aside(len(words))
-            return table.pin_memory().to(device, non_blocking=True)
-        if not self.spare or len(words) > len(self.spare[-1]):
-            raise RuntimeError("a batch like this one must run once before it is captured in a CUDA graph")
-        self.kept.append(self.spare.pop()[: len(words)].copy_(table))
-        return self.kept[-1].to(device, non_blocking=True)
-
-    def _set_aside(self, words: int) -> None:
-        """As many tables as this batch has needed so far, all of the largest size seen."""
-        self.used += 1
-        if self.spare and len(self.spare[0]) < words:
-            self.spare = []
-        width = len(self.spare[0]) if self.spare else words
-        while len(self.spare) < self.used:
-            self.spare.append(torch.empty(width, dtype=torch.int64, pin_memory=True))
 
 
 @dataclass(frozen=True)
 class _Measured:
     """One segment's part of a pass: an address table for each kind of gradient, and the partial squares."""
 
-    tables: list[tuple[Tensor, _Kind]]
+    tables: list[tuple[Tensor, Kind]]
     partials: Tensor
     gradients: list[Tensor | None]
 
@@ -232,21 +68,21 @@ class _DeviceStore:
         shares = [1.0] * len(parameters) if ranks is None or ranks.shares is None else ranks.shares
         together: dict[tuple[Any, ...], list[int]] = {}
         for i, p in enumerate(parameters):
-            together.setdefault((p.device, dtype or _wide(p.dtype), p.dtype.to_real()), []).append(i)
+            together.setdefault((p.device, dtype or wide_dtype(p.dtype), p.dtype.to_real()), []).append(i)
         self._segments = [
-            _Segment([parameters[i] for i in members], members, row_dtype, [shares[i] for i in members])
+            Segment([parameters[i] for i in members], members, row_dtype, [shares[i] for i in members])
             for (_, row_dtype, _), members in together.items()
         ]
         double = any(segment.dtype == torch.float64 for segment in self._segments)
         self.norm_dtype = torch.float64 if double else torch.float32
-        self._pinned = _Pinned()
+        self._tables = PinnedTables()
         self._answers = {ok: torch.full((), ok, device=self.device) for ok in (False, True)}
 
     def start(self, terms: Terms) -> None:
         """Begin a batch, without what an earlier, abandoned one left."""
-        self._pinned.used = 0
+        self._tables.used = 0
         self._refuses = int(terms.refuses)
-        self._usable = _moved(terms.usable, self.device, torch.bool)
+        self._usable = moved(terms.usable, self.device, torch.bool)
         self._healthy = torch.ones((), dtype=torch.int32, device=self.device)
         self._squares = torch.full((len(terms.usable),), torch.nan, dtype=torch.float64, device=self.device)
 
@@ -256,10 +92,10 @@ class _DeviceStore:
 
     def _measure(self, one: Pass) -> tuple[list[_Measured], Tensor]:
         """Each segment's squares (and non-finite heads), and whether all is well as far as is known beside them."""
-        ok = _moved(one.ok, self.device, torch.bool) if isinstance(one.ok, Tensor) else self._answers[one.ok]
+        ok = moved(one.ok, self.device, torch.bool) if isinstance(one.ok, Tensor) else self._answers[one.ok]
         heads: dict[torch.device, list[Tensor]] = {}
         for gradient in one.rest.values():
-            heads.setdefault(gradient.device, []).append(_dense(gradient).contiguous())
+            heads.setdefault(gradient.device, []).append(dense(gradient).contiguous())
         measured = []
         for segment in self._segments:
             shared = [place.plain(one.shared[i]) for i, place in zip(segment.members, segment.places, strict=True)]
@@ -269,12 +105,12 @@ class _DeviceStore:
         return measured, ok
 
     def _measure_segment(
-        self, segment: _Segment, shared: list[Tensor | None], heads: list[Tensor], task: int
+        self, segment: Segment, shared: list[Tensor | None], heads: list[Tensor], task: int
     ) -> _Measured:
         sizes, firsts, blocks = [head.numel() for head in heads], list[int](), 0
         for size in sizes:
             firsts.append(blocks)
-            blocks += -(-size // _kernels().BLOCK)
+            blocks += -(-size // kernels().BLOCK)
         gradients = [*shared, *heads]
         if segment.device.type == "cuda":
             # A gradient may come from another stream, and its memory must not be used again too early.
@@ -283,8 +119,8 @@ class _DeviceStore:
                 if gradient is not None:
                     gradient.record_stream(stream)
         tables = [
-            (self._pinned.on(segment.device, [*words, *sizes, *firsts]), kind)
-            for kind, words in _addresses(gradients, segment.dtype).items()
+            (self._tables.on(segment.device, [*words, *sizes, *firsts]), kind)
+            for kind, words in addresses_of(gradients, segment.dtype).items()
         ]
         partials = torch.empty(segment.blocks + blocks, dtype=segment.wide, device=segment.device)
         for table, kind in tables:
@@ -302,9 +138,9 @@ class _DeviceStore:
             ok = self._ranks.agree(ok & finite)
             squares = self._whole(squares)
         taken = torch.empty((), dtype=torch.bool, device=self.device)
-        _launch(
+        launch(
             kernel, self.device, 1, squares, self._usable, ok, self._healthy, taken, self._squares, *state,
-            task, len(squares), self._refuses, BLOCK=_kernels().TOTAL_BLOCK,
+            task, len(squares), self._refuses, BLOCK=kernels().TOTAL_BLOCK,
         )  # fmt: skip
         return taken
 
@@ -334,14 +170,14 @@ class DeviceRows(_DeviceStore):
         """Begin a batch, without what an earlier, abandoned one left."""
         super().start(terms)
         for segment in self._segments:
-            segment.keep = _moved(terms.keep, segment.device, torch.float64)
-            segment.gain = _moved(terms.gain, segment.device, torch.float64)
+            segment.keep = moved(terms.keep, segment.device, torch.float64)
+            segment.gain = moved(terms.gain, segment.device, torch.float64)
 
     def add(self, one: Pass) -> Tensor:
         """Average one task's gradients in, if all is well; returns whether, without waiting."""
         slots = self._segments[0].slots
         measured, ok = self._measure(one)
-        taken = self._decide(one.task, measured, ok, _kernels().accept_kernel, slots, self.tasks)
+        taken = self._decide(one.task, measured, ok, kernels().accept_kernel, slots, self.tasks)
         for segment in self._segments:
             if segment.slots is not slots:
                 segment.slots.copy_(slots, non_blocking=True)
@@ -357,13 +193,13 @@ class DeviceRows(_DeviceStore):
     def combine(self, weights: Tensor) -> list[Tensor | None]:
         """``sum_t w_t * ema_t`` for each parameter, of its dtype, in fresh memory."""
         result: list[Tensor | None] = [None] * self._number
-        block = _kernels().SUM_BLOCK
+        block = kernels().SUM_BLOCK
         for segment in self._segments:
             out = torch.empty(segment.length, dtype=segment.gradient_dtype, device=segment.device)
-            _launch(
-                _kernels().sum_kernel, segment.device, -(-segment.length // block), segment.rows, segment.slots,
-                _moved(weights, segment.device), out, self.tasks, segment.length,
-                WIDE=_triton(segment.wide), BLOCK=block,
+            launch(
+                kernels().sum_kernel, segment.device, -(-segment.length // block), segment.rows, segment.slots,
+                moved(weights, segment.device), out, self.tasks, segment.length,
+                WIDE=triton_dtype(segment.wide), BLOCK=block,
             )  # fmt: skip
             for member, view in segment.views(out):
                 result[member] = view
@@ -378,7 +214,7 @@ class DeviceRows(_DeviceStore):
                     result[member].append(view)
         return result
 
-    def _rows(self) -> Iterator[tuple[_Segment, list[Tensor]]]:
+    def _rows(self) -> Iterator[tuple[Segment, list[Tensor]]]:
         """Each segment's rows in the order of the tasks."""
         slots = self._segments[0].slots.tolist()[: self.tasks]
         for segment in self._segments:
@@ -398,7 +234,7 @@ class DeviceRows(_DeviceStore):
             partials = torch.empty(segment.blocks, dtype=segment.wide, device=segment.device)
             for row, parts in zip(rows, squares, strict=True):
                 words = [row.data_ptr() + place.start * row.itemsize for place in segment.places]
-                segment.measure(self._pinned.on(segment.device, words), (row.dtype, True), partials, 0, None)
+                segment.measure(self._tables.on(segment.device, words), (row.dtype, True), partials, 0, None)
                 parts.append(segment.total(partials).to(self.device))
         return self._norms(torch.cat([self._segments[0].total(torch.cat(parts)) for parts in squares]))
 
@@ -438,7 +274,7 @@ class DeviceSum(_DeviceStore):
         super().start(terms)
         power = terms.power if isinstance(terms.power, Tensor) else torch.full((), terms.power, device=self.device)
         self._power = power.to(self.device, torch.float64, non_blocking=True)
-        self._factors = _moved(terms.factors, self.device, torch.float64)
+        self._factors = moved(terms.factors, self.device, torch.float64)
         self._scales = torch.zeros_like(self._squares)
         self._unit = torch.zeros((), dtype=torch.float64, device=self.device)
         self._totals, self._reached = [], set[int]()
@@ -447,16 +283,16 @@ class DeviceSum(_DeviceStore):
         """Add one task's gradients, if all is well; returns whether, without waiting."""
         measured, ok = self._measure(one)
         state = (self._scales, self._unit, self._factors, self._power, self._normalise)
-        taken = self._decide(one.task, measured, ok, _kernels().scale_kernel, *state)
+        taken = self._decide(one.task, measured, ok, kernels().scale_kernel, *state)
         fresh = not self._totals
         if fresh:
             self._totals = [torch.empty(s.length, dtype=s.wide, device=s.device) for s in self._segments]
         for segment, part, total in zip(self._segments, measured, self._totals, strict=True):
             for table, kind in part.tables:
-                _launch(
-                    _kernels().add_kernel, segment.device, segment.blocks, table, *segment.tables, total,
-                    _moved(self._scales, segment.device), one.task, int(fresh), KIND=_triton(kind[0]),
-                    ALIGNED=kind[1], WIDE=_triton(segment.wide), BLOCK=_kernels().BLOCK,
+                launch(
+                    kernels().add_kernel, segment.device, segment.blocks, table, *segment.tables, total,
+                    moved(self._scales, segment.device), one.task, int(fresh), KIND=triton_dtype(kind[0]),
+                    ALIGNED=kind[1], WIDE=triton_dtype(segment.wide), BLOCK=kernels().BLOCK,
                 )  # fmt: skip
         self._reached |= {i for i, gradient in enumerate(one.shared) if gradient is not None}
         return taken
