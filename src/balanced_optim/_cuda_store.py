@@ -20,6 +20,7 @@ from ._device_layout import (
     Segment,
     addresses_of,
     dense,
+    hold,
     kernels,
     launch,
     moved,
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from ._passes import Pass
     from ._rule import Terms
 
-_GRAM_PIECE = 1 << 20
+# Elements of each row that are held in double precision at a time.
+_GRAM_PIECE = 1 << 18
 
 
 @cache
@@ -64,7 +66,8 @@ class _DeviceStore:
 
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None, ranks: Any) -> None:
         self.device = parameters[0].device
-        self._number, self._ranks = len(parameters), None if ranks is None or not ranks.agrees else ranks
+        self._number = len(parameters)
+        self._ranks: Any = ranks if ranks is not None and ranks.agrees else None
         shares = [1.0] * len(parameters) if ranks is None or ranks.shares is None else ranks.shares
         together: dict[tuple[Any, ...], list[int]] = {}
         for i, p in enumerate(parameters):
@@ -93,6 +96,7 @@ class _DeviceStore:
     def _measure(self, one: Pass) -> tuple[list[_Measured], Tensor]:
         """Each segment's squares (and non-finite heads), and whether all is well as far as is known beside them."""
         ok = moved(one.ok, self.device, torch.bool) if isinstance(one.ok, Tensor) else self._answers[one.ok]
+        hold([*one.shared, *one.rest.values()])
         heads: dict[torch.device, list[Tensor]] = {}
         for gradient in one.rest.values():
             heads.setdefault(gradient.device, []).append(dense(gradient).contiguous())
@@ -112,12 +116,6 @@ class _DeviceStore:
             firsts.append(blocks)
             blocks += -(-size // kernels().BLOCK)
         gradients = [*shared, *heads]
-        if segment.device.type == "cuda":
-            # A gradient may come from another stream, and its memory must not be used again too early.
-            stream = torch.cuda.current_stream(segment.device)
-            for gradient in gradients:
-                if gradient is not None:
-                    gradient.record_stream(stream)
         tables = [
             (self._tables.on(segment.device, [*words, *sizes, *firsts]), kind)
             for kind, words in addresses_of(gradients, segment.dtype).items()
@@ -272,11 +270,11 @@ class DeviceSum(_DeviceStore):
     def start(self, terms: Terms) -> None:
         """Begin a batch, without what an earlier, abandoned one left."""
         super().start(terms)
-        power = terms.power if isinstance(terms.power, Tensor) else torch.full((), terms.power, device=self.device)
-        self._power = power.to(self.device, torch.float64, non_blocking=True)
         self._factors = moved(terms.factors, self.device, torch.float64)
         self._scales = torch.zeros_like(self._squares)
         self._unit = torch.zeros((), dtype=torch.float64, device=self.device)
+        power = terms.power
+        self._power = moved(power, self.device, torch.float64) if isinstance(power, Tensor) else self._unit + power
         self._totals, self._reached = [], set[int]()
 
     def add(self, one: Pass) -> Tensor:

@@ -57,6 +57,17 @@ def dense(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype in _READABLE else tensor.float()
 
 
+def hold(gradients: Sequence[Tensor | None]) -> None:
+    """Keep memory that may come from another stream until the current one has read it."""
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+    for gradient in gradients:
+        if gradient is not None and gradient.is_cuda and gradient.layout is torch.strided:
+            device = gradient.device
+            if device not in streams:
+                streams[device] = torch.cuda.current_stream(device)
+            gradient.record_stream(streams[device])
+
+
 def addresses_of(tensors: Sequence[Tensor | None], default: torch.dtype) -> dict[Kind, list[int]]:
     """For each kind of gradient the addresses of all: 0 for none, -1 for one of another kind."""
     addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
@@ -174,15 +185,14 @@ class PinnedTables:
 
     def on(self, device: torch.device, words: list[int]) -> Tensor:
         """The words on the device, without waiting."""
-        table = torch.tensor(words, dtype=torch.int64)
         if device.type != "cuda":
-            return table
+            return torch.tensor(words, dtype=torch.int64, device=device)
         if not torch.cuda.is_current_stream_capturing():
             self._set_aside(len(words))
-            return table.pin_memory().to(device, non_blocking=True)
+            return torch.tensor(words, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
         if not self.spare or len(words) > len(self.spare[-1]):
             raise RuntimeError("a batch like this one must run once before it is captured in a CUDA graph")
-        self.kept.append(self.spare.pop()[: len(words)].copy_(table))
+        self.kept.append(self.spare.pop()[: len(words)].copy_(torch.tensor(words, dtype=torch.int64)))
         return self.kept[-1].to(device, non_blocking=True)
 
     def _set_aside(self, words: int) -> None:
