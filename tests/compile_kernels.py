@@ -40,7 +40,7 @@ def loads_of(kernel, types, **constants):
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=aligned)
     options = {"num_warps": 8, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return sorted(set(re.findall(r"ld\.global\.[\w.]+", compiled.asm["ptx"])))
+    return sorted(set(re.findall(r"ld\.global\.[\w.:]+", compiled.asm["ptx"])))
 
 
 def average(row, kind, wide=tl.float32, *, aligned=True, rows=True):

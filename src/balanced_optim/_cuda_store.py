@@ -5,7 +5,7 @@ From `start` to `combine` nothing waits for the device. With TRITON_INTERPRET=1 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
@@ -24,6 +24,7 @@ from ._device_layout import (
     kernels,
     launch,
     moved,
+    total_of,
     triton_dtype,
     wide_dtype,
 )
@@ -93,20 +94,27 @@ class _DeviceStore:
         """||ema_t|| of each task, NaN where it was absent or refused."""
         return self._squares.sqrt().to(self.norm_dtype)
 
-    def _measure(self, one: Pass) -> tuple[list[_Measured], Tensor]:
-        """Each segment's squares (and non-finite heads), and whether all is well as far as is known beside them."""
-        ok = moved(one.ok, self.device, torch.bool) if isinstance(one.ok, Tensor) else self._answers[one.ok]
-        hold([*one.shared, *one.rest.values()])
+    def _measure(
+        self, task: int, shared: Sequence[Tensor | None], rest: Iterable[Tensor]
+    ) -> tuple[list[_Measured], list[Tensor]]:
+        """Each segment's squares, non-finite heads among them, and the heads of devices that have no segment."""
         heads: dict[torch.device, list[Tensor]] = {}
-        for gradient in one.rest.values():
+        for gradient in rest:
             heads.setdefault(gradient.device, []).append(dense(gradient).contiguous())
         measured = []
         for segment in self._segments:
-            shared = [place.plain(one.shared[i]) for i, place in zip(segment.members, segment.places, strict=True)]
-            measured.append(self._measure_segment(segment, shared, heads.pop(segment.device, []), one.task))
-        for head in [head for together in heads.values() for head in together]:
+            plain = [place.plain(shared[i]) for i, place in zip(segment.members, segment.places, strict=True)]
+            measured.append(self._measure_segment(segment, plain, heads.pop(segment.device, []), task))
+        return measured, [head for together in heads.values() for head in together]
+
+    def _take(self, one: Pass, kernel: Any, *state: Any) -> tuple[list[_Measured], Tensor]:
+        """Measure a pass and decide; returns whether it counts."""
+        hold([*one.shared, *one.rest.values()])
+        ok = moved(one.ok, self.device, torch.bool) if isinstance(one.ok, Tensor) else self._answers[one.ok]
+        measured, heads = self._measure(one.task, one.shared, one.rest.values())
+        for head in heads:
             ok = ok & head.isfinite().all().to(self.device, non_blocking=True)
-        return measured, ok
+        return measured, self._decide(one.task, [part.partials for part in measured], ok, kernel, *state)
 
     def _measure_segment(
         self, segment: Segment, shared: list[Tensor | None], heads: list[Tensor], task: int
@@ -118,19 +126,16 @@ class _DeviceStore:
         gradients = [*shared, *heads]
         tables = [
             (self._tables.on(segment.device, [*words, *sizes, *firsts]), kind)
-            for kind, words in addresses_of(gradients, segment.dtype).items()
+            for kind, words in addresses_of(gradients, segment.gradient_dtype).items()
         ]
         partials = torch.empty(segment.blocks + blocks, dtype=segment.wide, device=segment.device)
         for table, kind in tables:
             segment.measure(table, kind, partials, len(heads), task)
         return _Measured(tables, partials, gradients)
 
-    def _decide(self, task: int, measured: Sequence[_Measured], ok: Tensor, kernel: Any, *state: Any) -> Tensor:
+    def _decide(self, task: int, partials: Sequence[Tensor], ok: Tensor, kernel: Any, *state: Any) -> Tensor:
         """Launch the kernel that decides for all segments and ranks; returns whether the pass counts."""
-        squares = measured[0].partials
-        if self._ranks is not None or len(measured) > 1:
-            parts = [segment.total(part.partials) for segment, part in zip(self._segments, measured, strict=True)]
-            squares = torch.cat([part.to(self.device, non_blocking=True) for part in parts])
+        squares = partials[0] if len(partials) == 1 and self._ranks is None else self._joint(partials)
         if self._ranks is not None:
             finite = squares.sum().isfinite() & self._usable[task] & (self._healthy != 0)
             ok = self._ranks.agree(ok & finite)
@@ -141,6 +146,10 @@ class _DeviceStore:
             task, len(squares), self._refuses, BLOCK=kernels().TOTAL_BLOCK,
         )  # fmt: skip
         return taken
+
+    def _joint(self, partials: Sequence[Tensor]) -> Tensor:
+        """One number a segment."""
+        return torch.cat([total_of(part).to(self.device, non_blocking=True) for part in partials])
 
     def _whole(self, squares: Tensor) -> Tensor:
         """The squares that a decision needs: this rank's, since `ok` is joint already."""
@@ -168,14 +177,12 @@ class DeviceRows(_DeviceStore):
         """Begin a batch, without what an earlier, abandoned one left."""
         super().start(terms)
         for segment in self._segments:
-            segment.keep = moved(terms.keep, segment.device, torch.float64)
-            segment.gain = moved(terms.gain, segment.device, torch.float64)
+            segment.weights = tuple(moved(v, segment.device, torch.float64) for v in (terms.keep, terms.gain))
 
     def add(self, one: Pass) -> Tensor:
         """Average one task's gradients in, if all is well; returns whether, without waiting."""
         slots = self._segments[0].slots
-        measured, ok = self._measure(one)
-        taken = self._decide(one.task, measured, ok, kernels().accept_kernel, slots, self.tasks)
+        _, taken = self._take(one, kernels().accept_kernel, slots, self.tasks)
         for segment in self._segments:
             if segment.slots is not slots:
                 segment.slots.copy_(slots, non_blocking=True)
@@ -226,15 +233,19 @@ class DeviceRows(_DeviceStore):
                 into.zero_() if source is None else into.copy_(source)
 
     def load_norms(self) -> Tensor:
-        """||row_t|| of the rows as they are, bit for bit what `norms` gave when they were written."""
-        squares: list[list[Tensor]] = [[] for _ in range(self.tasks)]
-        for segment, rows in self._rows():
-            partials = torch.empty(segment.blocks, dtype=segment.wide, device=segment.device)
-            for row, parts in zip(rows, squares, strict=True):
-                words = [row.data_ptr() + place.start * row.itemsize for place in segment.places]
-                segment.measure(self._tables.on(segment.device, words), (row.dtype, True), partials, 0, None)
-                parts.append(segment.total(partials).to(self.device))
-        return self._norms(torch.cat([self._segments[0].total(torch.cat(parts)) for parts in squares]))
+        """||row_t|| of the rows as they are, bit for bit what `norms` gives for gradients of the parameters' dtype."""
+        # The same kernel averages nothing in: the order of the sum is the same, and the spare row gets a copy.
+        weights = [segment.weights for segment in self._segments]
+        for segment in self._segments:
+            whole = torch.ones(self.tasks, dtype=torch.float64, device=segment.device)
+            segment.weights = (whole, torch.zeros_like(whole))
+        squares = []
+        for task in range(self.tasks):
+            measured, _ = self._measure(task, [None] * self._number, [])
+            squares.append(total_of(self._joint([part.partials for part in measured])))
+        for segment, before in zip(self._segments, weights, strict=True):
+            segment.weights = before
+        return self._norms(torch.cat(squares))
 
     def gram(self) -> Tensor:
         """<ema_s, ema_t> for every pair of tasks, shape (T, T), in double precision; of this rank's shards."""
@@ -279,9 +290,8 @@ class DeviceSum(_DeviceStore):
 
     def add(self, one: Pass) -> Tensor:
         """Add one task's gradients, if all is well; returns whether, without waiting."""
-        measured, ok = self._measure(one)
         state = (self._scales, self._unit, self._factors, self._power, self._normalise)
-        taken = self._decide(one.task, measured, ok, kernels().scale_kernel, *state)
+        measured, taken = self._take(one, kernels().scale_kernel, *state)
         fresh = not self._totals
         if fresh:
             self._totals = [torch.empty(s.length, dtype=s.wide, device=s.device) for s in self._segments]

@@ -118,12 +118,14 @@ class Place:
 
 
 class Segment:
-    """The parameters of one device, row dtype and gradient dtype: one row is one stretch of memory."""
+    """The parameters of one device, row dtype and gradient dtype: one row is one stretch of memory.
+
+    A store with rows sets `rows`, the `slots` of the device, and the `weights` of this batch: keep and gain.
+    """
 
     rows: Tensor | None = None
     slots: Tensor
-    keep: Tensor
-    gain: Tensor
+    weights: tuple[Tensor, ...] = ()
 
     def __init__(
         self, parameters: Sequence[Tensor], members: list[int], dtype: torch.dtype, shares: list[float]
@@ -148,24 +150,24 @@ class Segment:
         """Each parameter's number and its part of a row."""
         return zip(self.members, [place.view(row) for place in self.places], strict=True)
 
-    def measure(self, table: Tensor, kind: Kind, partials: Tensor, heads: int, task: int | None) -> None:
-        """Average gradients of one kind into the spare row, and their squares; without rows or task squares alone."""
-        rows = None if task is None else self.rows
-        state = (table,) * 4 if rows is None else (rows, self.slots, self.keep, self.gain)
+    def measure(self, table: Tensor, kind: Kind, partials: Tensor, heads: int, task: int) -> None:
+        """The squares of one kind of gradients, with rows those of the average, which goes into the spare row."""
+        state = (table,) * 4 if self.rows is None else (self.rows, self.slots, *self.weights)
         launch(
             kernels().average_kernel, self.device, len(partials),
             table, *self.tables, self.share_table, *state, partials,
-            task or 0, state[1].numel() - 1, self.length, len(self.places), heads, self.blocks,
-            ROWS=rows is not None, KIND=triton_dtype(kind[0]), ALIGNED=kind[1], WIDE=triton_dtype(self.wide),
+            task, len(state[1]) - 1, self.length, len(self.places), heads, self.blocks,
+            ROWS=self.rows is not None, KIND=triton_dtype(kind[0]), ALIGNED=kind[1], WIDE=triton_dtype(self.wide),
             BLOCK=kernels().BLOCK,
         )  # fmt: skip
 
-    def total(self, partials: Tensor) -> Tensor:
-        """The sum of partial squares, in double precision and a fixed order."""
-        out = torch.empty(1, dtype=torch.float64, device=partials.device)
-        block = kernels().TOTAL_BLOCK
-        launch(kernels().total_kernel, partials.device, 1, partials, out, len(partials), BLOCK=block)
-        return out
+
+def total_of(partials: Tensor) -> Tensor:
+    """The sum of partial squares, shape (1,), in double precision and a fixed order."""
+    out = torch.empty(1, dtype=torch.float64, device=partials.device)
+    block = kernels().TOTAL_BLOCK
+    launch(kernels().total_kernel, partials.device, 1, partials, out, len(partials), BLOCK=block)
+    return out
 
 
 @dataclass

@@ -13,7 +13,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _values(address, offset, size, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
+def _values(
+    address, offset, size, KIND: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, POLICY: tl.constexpr = ""
+):
     """A block of the gradient from `offset` on, zeros from `size` on and where there is no gradient."""
     pointer = address.to(tl.pointer_type(KIND))
     if ALIGNED:
@@ -22,7 +24,7 @@ def _values(address, offset, size, KIND: tl.constexpr, ALIGNED: tl.constexpr, BL
     inside = tl.multiple_of(offset, BLOCK) + tl.arange(0, BLOCK)
     size = tl.where(address != 0, size, 0)
     if offset + BLOCK <= size:
-        values = tl.load(pointer + inside)
+        values = tl.load(pointer + inside, eviction_policy=POLICY)
     else:
         values = tl.load(pointer + inside, mask=inside < size, other=0.0)
     return values
@@ -90,7 +92,8 @@ def average_kernel(
         if address != -1:
             offset = tl.load(offsets + block)
             size = tl.load(sizes + parameter)
-            new = _values(address, offset, size, KIND, ALIGNED, BLOCK).to(WIDE)
+            # A sum reads the gradient again, rows do not.
+            new = _values(address, offset, size, KIND, ALIGNED, BLOCK, "evict_first" if ROWS else "").to(WIDE)
             if ROWS:
                 inside = tl.multiple_of(offset, BLOCK) + tl.arange(0, BLOCK)
                 start = tl.load(starts + parameter)
