@@ -830,3 +830,37 @@ def test_more_elements_than_32_bits_can_count(kind):
     assert norms[2] == pytest.approx((size + 8) ** 0.5, rel=1e-6)
     out = store.combine(torch.nan_to_num(norms / norms))[0]
     assert torch.equal(out, gradient)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a CUDA device")
+def test_heads_may_lie_on_another_device():
+    store = DeviceRows([randn(70)], 2)
+    store.start(terms(2))
+    assert bool(store.add(Pass(0, [randn(70)], {torch.zeros(3): torch.randn(3)})))
+    assert not bool(store.add(Pass(1, [randn(70)], {torch.zeros(3): torch.tensor([0.0, torch.nan, 0.0])})))
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(DEVICE.type != "cuda" or torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+@pytest.mark.parametrize("kind", [DeviceRows, DeviceSum])
+def test_two_devices_decide_together(kind):
+    torch.manual_seed(9)
+    here = [randn(70), randn(3, 5)]
+    both = [here[0], here[1].to("cuda:1")]
+    found = []
+    for parameters in (here, both):
+        torch.manual_seed(10)
+        store = kind(parameters, 2) if kind is DeviceRows else kind(parameters)
+        for step in range(6):
+            gradients = [[randn(*p.shape).to(p.device) for p in parameters] for _ in range(2)]
+            gradients[step % 2][1][0, step % 3] = torch.nan if step % 2 else 0.0
+            store.start(terms(2))
+            taken = [bool(store.add(Pass(task, shared))) for task, shared in enumerate(gradients)]
+            assert taken == [True, step % 2 == 0]
+            norms = store.norms()
+            out = store.combine(torch.where(norms.isnan(), 0.0, norms / norms))
+            assert [g.device for g in out] == [p.device for p in parameters]
+            found.append([norms.float(), *[g.cpu() for g in out]])
+    for one, other in zip(found[:6], found[6:], strict=True):
+        torch.testing.assert_close(one, other, equal_nan=True)

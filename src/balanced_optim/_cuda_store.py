@@ -318,7 +318,8 @@ class DeviceSum(_DeviceStore):
         common = ratios.gather(0, scales.argmax(keepdim=True)).squeeze(0)
         result: list[Tensor | None] = [None] * self._number
         for segment, total in zip(self._segments, self._totals, strict=False):
-            out = torch.empty_like(total, dtype=segment.gradient_dtype)
+            dtype = segment.gradient_dtype
+            out = total if total.dtype == dtype else torch.empty_like(total, dtype=dtype)
             torch.mul(total, common.to(segment.device, segment.wide, non_blocking=True), out=out)
             for member, view in segment.views(out):
                 result[member] = view if member in self._reached else None
