@@ -398,15 +398,16 @@ def test_vectors_may_be_views_and_lists(kind):
     found = []
     for odd in (False, True):
         store = kind(parameters, 2) if kind is DeviceRows else kind(parameters)
-        term, ok, weights = terms(2, factors=vector([2.0, 0.5])), True, vector([0.5, 0.25])
+        term, ok, weights = terms(2, 0.75, factors=vector([2.0, 0.25])), True, vector([0.5, 3.0])
         if odd:
             both = torch.stack([term.keep, term.gain, term.factors, weights], dim=1)
             term.keep, term.gain, term.factors, weights = both.unbind(1)
             ok = torch.tensor([False, True, False], device=DEVICE)[1]
             term.usable = [True, True]
-        store.start(term)
-        for task, shared in enumerate(gradients):
-            assert bool(store.add(Pass(task, shared, ok=ok)))
+        for _ in range(2):
+            store.start(term)
+            for task, shared in enumerate(gradients):
+                assert bool(store.add(Pass(task, shared, ok=ok)))
         found.append([store.norms(), *store.combine(weights)])
     exactly(*found)
 
