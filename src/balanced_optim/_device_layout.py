@@ -1,0 +1,207 @@
+"""Where things lie on a device: parameters in a row, gradients in an address table, tables in pinned memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Parameters start at multiples of this many elements, so that every row and parameter is aligned for vector loads.
+_ALIGNMENT = 64
+_READABLE = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
+
+# A gradient's dtype, and whether its address is a multiple of 16 bytes.
+Kind = tuple[torch.dtype, bool]
+
+
+def kernels() -> ModuleType:
+    """The kernels; importing them imports Triton."""
+    from . import _kernels
+
+    return _kernels
+
+
+def launch(kernel: Any, device: torch.device, blocks: int, *arguments: Any, **constants: Any) -> None:
+    """Launch on `device`. Without fused multiply-adds a result does not depend on the version of Triton."""
+    if blocks:
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            kernel[(blocks,)](*arguments, **constants, num_warps=8, enable_fp_fusion=False)
+
+
+@cache
+def triton_dtype(dtype: torch.dtype) -> Any:
+    return getattr(kernels().tl, str(dtype).removeprefix("torch."))
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that values are computed in, and that rows have by default."""
+    return torch.promote_types(dtype.to_real(), torch.float32)
+
+
+def moved(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A vector in one piece at an even address, since a kernel compiles anew for an odd one; nobody waits for it."""
+    vector = torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True).contiguous()
+    return vector.clone() if vector.data_ptr() % 16 else vector
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor strided and real (complex as pairs), in a dtype that the kernels read."""
+    tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
+    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
+    return tensor if tensor.dtype in _READABLE else tensor.float()
+
+
+def hold(gradients: Sequence[Tensor | None]) -> None:
+    """Keep memory that may come from another stream until the current one has read it."""
+    streams: dict[torch.device, torch.cuda.Stream] = {}
+    for gradient in gradients:
+        if gradient is not None and gradient.is_cuda and gradient.layout is torch.strided:
+            device = gradient.device
+            if device not in streams:
+                streams[device] = torch.cuda.current_stream(device)
+            gradient.record_stream(streams[device])
+
+
+def addresses_of(tensors: Sequence[Tensor | None], default: torch.dtype) -> dict[Kind, list[int]]:
+    """For each kind of gradient the addresses of all: 0 for none, -1 for one of another kind."""
+    addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    kinds = [None if t is None else (t.dtype, a % 16 == 0) for t, a in zip(tensors, addresses, strict=True)]
+    first, *others = dict.fromkeys(kind for kind in kinds if kind is not None) or [(default, True)]
+    if not others:
+        return {first: addresses}
+    kinds = [first if kind is None else kind for kind in kinds]
+    return {
+        kind: [a if mine == kind else -1 for a, mine in zip(addresses, kinds, strict=True)] for kind in (first, *others)
+    }
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one parameter lies in a row: `size` real elements from `start` on, shaped and strided like it."""
+
+    start: int
+    size: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(parameter: Tensor, start: int) -> Place:
+        """The parameter from `start` on, without gaps; complex numbers as pairs."""
+        like = torch.empty_like(parameter, device="meta")
+        like = torch.view_as_real(like) if like.is_complex() else like
+        return Place(start, like.numel(), tuple(like.shape), tuple(like.stride()), parameter.dtype)
+
+    def view(self, row: Tensor) -> Tensor:
+        """The parameter's part of a row, in its own shape."""
+        part = row.as_strided(self.shape, self.stride, row.storage_offset() + self.start)
+        return torch.view_as_complex(part) if self.dtype.is_complex else part
+
+    def plain(self, gradient: Tensor | None) -> Tensor | None:
+        """The gradient with its elements in memory as in a row: itself where it is so already."""
+        if gradient is None or self.size == 0:
+            return None
+        readable = gradient.dtype in _READABLE and gradient.layout is torch.strided
+        if readable and gradient.stride() == self.stride and not gradient.is_neg():
+            return gradient
+        gradient = dense(gradient)
+        if all(a == b or n == 1 for a, b, n in zip(gradient.stride(), self.stride, self.shape, strict=True)):
+            return gradient
+        memory = torch.empty_strided(self.shape, self.stride, dtype=gradient.dtype, device=gradient.device)
+        return memory.copy_(gradient)
+
+
+class Segment:
+    """The parameters of one device, row dtype and gradient dtype: one row is one stretch of memory.
+
+    A store with rows sets `rows`, the `slots` of the device, and the `weights` of this batch: keep and gain.
+    """
+
+    rows: Tensor | None = None
+    slots: Tensor
+    weights: tuple[Tensor, ...] = ()
+
+    def __init__(
+        self, parameters: Sequence[Tensor], members: list[int], dtype: torch.dtype, shares: list[float]
+    ) -> None:
+        self.members, self.dtype, self.wide, self.shares = members, dtype, wide_dtype(dtype), shares
+        self.device, self.gradient_dtype = parameters[0].device, parameters[0].dtype.to_real()
+        self.places, self.length = list[Place](), 0
+        for parameter in parameters:
+            self.places.append(Place.of(parameter, self.length))
+            self.length += -(-self.places[-1].size // _ALIGNMENT) * _ALIGNMENT
+        blocks = [(i, at) for i, place in enumerate(self.places) for at in range(0, place.size, kernels().BLOCK)]
+        self.blocks = len(blocks)
+        self.tables = (
+            torch.tensor([owner for owner, _ in blocks], dtype=torch.int32, device=self.device),
+            torch.tensor([offset for _, offset in blocks], dtype=torch.int64, device=self.device),
+            torch.tensor([place.start for place in self.places], dtype=torch.int64, device=self.device),
+            torch.tensor([place.size for place in self.places], dtype=torch.int64, device=self.device),
+        )
+        self.share_table = torch.tensor(shares, dtype=self.wide, device=self.device)
+
+    def views(self, row: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Each parameter's number and its part of a row."""
+        return zip(self.members, [place.view(row) for place in self.places], strict=True)
+
+    def measure(self, table: Tensor, kind: Kind, partials: Tensor, heads: int, task: int) -> None:
+        """The squares of one kind of gradients, with rows those of the average, which goes into the spare row."""
+        state = (table,) * 4 if self.rows is None else (self.rows, self.slots, *self.weights)
+        launch(
+            kernels().average_kernel, self.device, len(partials),
+            table, *self.tables, self.share_table, *state, partials,
+            task, len(state[1]) - 1, self.length, len(self.places), heads, self.blocks,
+            ROWS=self.rows is not None, KIND=triton_dtype(kind[0]), ALIGNED=kind[1], WIDE=triton_dtype(self.wide),
+            BLOCK=kernels().BLOCK,
+        )  # fmt: skip
+
+
+def total_of(partials: Tensor) -> Tensor:
+    """The sum of partial squares, shape (1,), in double precision and a fixed order."""
+    out = torch.empty(1, dtype=torch.float64, device=partials.device)
+    block = kernels().TOTAL_BLOCK
+    launch(kernels().total_kernel, partials.device, 1, partials, out, len(partials), BLOCK=block)
+    return out
+
+
+@dataclass
+class PinnedTables:
+    """Address tables go to a GPU from pinned memory.
+
+    It cannot be allocated while a CUDA graph is captured, and must live as long as the graph: it is set aside in
+    batches before, as many tables as a batch needs, and what a capture has used is kept.
+    """
+
+    used: int = 0
+    spare: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PinnedTables, ()
+
+    def on(self, device: torch.device, words: list[int]) -> Tensor:
+        """The words on the device, without waiting."""
+        if device.type != "cuda":
+            return torch.tensor(words, dtype=torch.int64, device=device)
+        if not torch.cuda.is_current_stream_capturing():
+            self._set_aside(len(words))
+            return torch.tensor(words, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+        if not self.spare or len(words) > len(self.spare[-1]):
+            raise RuntimeError("a batch like this one must run once before it is captured in a CUDA graph")
+        self.kept.append(self.spare.pop()[: len(words)].copy_(torch.tensor(words, dtype=torch.int64)))
+        return self.kept[-1].to(device, non_blocking=True)
+
+    def _set_aside(self, words: int) -> None:
+        """As many tables as this batch has needed so far, all of the largest size seen."""
+        self.used += 1
+        if self.spare and len(self.spare[0]) < words:
+            self.spare = []
+        width = len(self.spare[0]) if self.spare else words
+        while len(self.spare) < self.used:
+            self.spare.append(torch.empty(width, dtype=torch.int64, pin_memory=True))
