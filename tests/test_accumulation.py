@@ -5,12 +5,12 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-import reference
 import torch
 from cases import with_value
 from conftest import assert_same, header_of, named, snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from oracle import Oracle
 from torch import nn
 
 from balanced_optim import DualBalancedOptimizer
@@ -100,35 +100,6 @@ SETTINGS = {
 }
 
 
-class OneBackward(reference.Reference):
-    """The one-backward form: `Reference` on the subset for heads and norms, then autograd of the weighted sum."""
-
-    def __init__(self, base, trunk, subset, refresh_every=1, **options):
-        super().__init__(base, subset, **options)
-        self.trunk, self.every, self.stored, self.ages, self.seen = list(trunk), refresh_every, {}, {}, set()
-
-    def backward(self, losses):
-        present = {task: loss for task, loss in losses.items() if loss is not None}
-        measured = any(self.ages.get(task, self.every) >= self.every for task in present)
-        gradients, kept = [parameter.grad for parameter in self.trunk], (dict(self.ema), dict(self.count))
-        super().backward(losses)
-        self.stored |= self.norms if measured else {}
-        if not measured:
-            self.ema, self.count = kept
-        self.ages = {task: age + 1 for task, age in self.ages.items()} | (dict.fromkeys(present, 1) if measured else {})
-        self.norms = {task: self.stored[task] for task in present}
-        self.weights = reference.weights_of(self.norms, *self.rule)
-        if present:
-            values = [torch.log(loss + self.eps) if self.log_transform else loss for loss in present.values()]
-            total = sum(weight * value for weight, value in zip(self.weights.values(), values, strict=True))
-            found = torch.autograd.grad(total, self.trunk, allow_unused=True)
-            for parameter, before, new in zip(self.trunk, gradients, found, strict=True):
-                parameter.grad = before
-                if new is not None or parameter in self.seen:
-                    self.seen.add(parameter)
-                    reference.accumulate(parameter, torch.zeros_like(parameter) if new is None else new)
-
-
 def build(setting, oracle=False, **options):
     """A network and its optimizer, or an oracle that shares no code with it."""
     options = SETTINGS[setting] | options
@@ -138,7 +109,9 @@ def build(setting, oracle=False, **options):
     if not oracle:
         return net, DualBalancedOptimizer(base, trunk, norm_params=subset or None, **options)
     options.pop("ema_dtype", None)
-    return net, OneBackward(base, trunk, subset, **options) if subset else reference.Reference(base, trunk, **options)
+    form = "one backward" if subset else "exact"
+    every = options.pop("refresh_every", 1)
+    return net, Oracle(base, trunk, form=form, norm_params=subset, refresh_every=every, rule=options)
 
 
 FINISHES = {

@@ -1,7 +1,7 @@
 """Several processes with replicated parameters: the step of one process on the whole batch, and no rank left waiting.
 
 Jobs run on every rank of a pool (see processes.py). What they compare with is trained in the same process: the
-optimizer without a process group, or the textbook oracle of reference.py, on the batches of all ranks together.
+optimizer without a process group, or the textbook oracle, on the batches of all ranks together.
 """
 
 import copy
@@ -14,11 +14,11 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-import reference
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from conftest import assert_same, header_of, named
+from oracle import Oracle
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -498,7 +498,7 @@ def follow_the_textbook(rank, size, options):
     runs = [Run(gaps, size, rank, options, **way) for way in ({"wrapper": {}}, SHARDED)]
     alone = Run(gaps, size)
     shared = [*alone.net.trunk.parameters()]
-    oracle = reference.Reference(BASES["adam"](alone.net.parameters()), shared, **options)
+    oracle = Oracle(BASES["adam"](alone.net.parameters()), shared, rule=options)
     for step in range(STEPS):
         [rows] = alone.rows(step)
         oracle.base.zero_grad()

@@ -13,7 +13,7 @@ from cases import one_thread  # noqa: F401
 from conftest import header_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from reference import Reference, weights_of
+from oracle import Oracle, Rule, weights_of
 from torch import nn
 from torch.optim import SGD, Adam
 
@@ -126,8 +126,8 @@ def run_against_the_oracle(method, base, form, dtype, rtol, steps=50):
         fast.trunk,
         **{**method, "task_weights": by_name if form == "mapping" else priorities},
     )
-    oracle = Reference(
-        _base(base, slow, method["log_transform"]), slow.trunk.parameters(), **{**method, "task_weights": by_name}
+    oracle = Oracle(
+        _base(base, slow, method["log_transform"]), slow.trunk.parameters(), rule=method | {"task_weights": by_name}
     )
     rng = np.random.default_rng(7)
     for step in range(steps):
@@ -139,16 +139,10 @@ def run_against_the_oracle(method, base, form, dtype, rtol, steps=50):
         oracle.step(losses)
         balance = optimizer.last_balance
         if dtype == torch.float64 and step % 5 == 4:
-            nan = [math.nan] * 3
-            expected = {
-                "losses": [nan[i] if losses[name] is None else losses[name].item() for i, name in enumerate(NAMES)],
-                "norms": [oracle.norms.get(name, math.nan) for name in NAMES],
-                "weights": [oracle.weights.get(name, 0.0) for name in NAMES],
-            }
-            for field, values in expected.items():
-                torch.testing.assert_close(
-                    getattr(balance, field).double(), torch.tensor(values).double(), rtol=1e-7, atol=0, equal_nan=True
-                )
+            for found, expected in zip(
+                (balance.losses, balance.norms, balance.weights), oracle.balance(NAMES), strict=True
+            ):
+                np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7)
     assert balance.tasks == (NAMES if form == "mapping" else ("0", "1", "2"))
     assert_near(list(fast.parameters()), list(slow.parameters()), rtol)
 
@@ -176,7 +170,7 @@ def test_hard_matrices(name, norm_target, beta, dtype):
     betas = [beta, beta / math.sqrt(2)]
     ema = (betas[1] * (1 - betas[0]) + 1 - betas[1]) * matrix
     norms = dict(enumerate(np.linalg.norm(ema, axis=1)))
-    weights = torch.tensor(list(weights_of(norms, norm_target).values()), dtype=torch.float64)
+    weights = torch.tensor(list(weights_of(norms, Rule(norm_target=norm_target)).values()), dtype=torch.float64)
     rtol = 1e-10 if dtype == torch.float64 else 1e-4
     torch.testing.assert_close(balance.weights.double(), weights, rtol=rtol, atol=0)
     assert balance.weights[~matrix.any(1)].eq(0).all()
@@ -505,7 +499,7 @@ def test_sqrt_at_zero_is_refused():
 def test_ignored_tasks_are_like_absent_tasks(where, beta, width):
     """Up to a `.grad` of zeros instead of None, which SGD without momentum does not see."""
     toy, slow = Toy(SGD, width, beta=beta, nonfinite="ignore"), Toy(SGD, width)
-    oracle = Reference(slow.base, slow.trunk, beta=beta)
+    oracle = Oracle(slow.base, slow.trunk, rule={"beta": beta})
     rng = np.random.default_rng(5)
     for step in range(12 if width < 100 else 4):
         bad = [2, 0, 1, None][step % 4]

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same, header_of, snapshot
+from oracle import Oracle
 from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
@@ -21,77 +22,6 @@ BASES = {
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
     "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
 }
-
-
-class Oracle:
-    """The form as a textbook writes it: logarithms are built, every gradient is asked for by itself."""
-
-    def __init__(
-        self,
-        shared,
-        subset,
-        others,
-        *,
-        beta=0.9,
-        beta_decay=0.5,
-        eps=1e-8,
-        log_transform=True,
-        norm_target="max",
-        max_weight=None,
-        task_weights=None,
-        refresh_every=1,
-        fade_solved=False,
-    ):
-        self.fade_solved = fade_solved
-        self.shared, self.subset, self.others = list(shared), list(subset), list(others)
-        self.beta, self.beta_decay, self.eps, self.log = beta, beta_decay, eps, log_transform
-        self.target, self.cap, self.priorities, self.every = norm_target, max_weight, task_weights, refresh_every
-        self.ema, self.count, self.stored, self.reached = {}, {}, {}, set()
-        self.age = {}
-        self.norms, self.weights = {}, {}
-
-    def backward(self, losses):
-        present = {task: loss for task, loss in enumerate(losses) if loss is not None}
-        values = {task: torch.log(loss + self.eps) if self.log else loss for task, loss in present.items()}
-        measured = any(task not in self.count or self.age[task] >= self.every for task in present)
-        inputs = self.others + (self.subset if measured else [])
-        for task, value in values.items():
-            found = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
-            self.add(self.others, found[: len(self.others)])
-            if measured:
-                self.measure(task, found[len(self.others) :])
-        self.age = {task: age + 1 for task, age in self.age.items()} | ({t: 1 for t in present} if measured else {})
-        self.norms = {task: self.stored[task] for task in present}
-        self.losses = {task: loss.item() for task, loss in present.items()}
-        self.weights = {task: self.weight(task) for task in present}
-        if values:
-            joint = sum(self.weights[task] * value for task, value in values.items())
-            gradients = torch.autograd.grad(joint, self.shared, allow_unused=True)
-            self.reached |= {i for i, gradient in enumerate(gradients) if gradient is not None}
-            zeros = [torch.zeros_like(p) if i in self.reached else None for i, p in enumerate(self.shared)]
-            self.add(self.shared, [z if g is None else g for g, z in zip(gradients, zeros, strict=True)])
-
-    def measure(self, task, found):
-        pairs = zip(found, self.subset, strict=True)
-        g = torch.cat([(torch.zeros_like(p) if gradient is None else gradient).flatten() for gradient, p in pairs])
-        k = self.count[task] = self.count.get(task, 0) + 1
-        beta = self.beta / k**self.beta_decay
-        self.ema[task] = beta * self.ema.get(task, torch.zeros_like(g)) + (1 - beta) * g
-        self.stored[task] = float(self.ema[task].norm())
-
-    def weight(self, task):
-        rule = {"max": max, "min": min, "mean": np.mean, "median": np.median, None: lambda norms: self.norms[task]}
-        weight = float(rule[self.target](list(self.norms.values()))) / self.norms[task]
-        if self.fade_solved:
-            weight *= self.losses[task] / (self.losses[task] + self.eps)
-        weight = weight if self.cap is None else min(weight, self.cap)
-        return weight if self.priorities is None else weight * self.priorities[task]
-
-    @staticmethod
-    def add(parameters, gradients):
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
 
 
 def batch(seed, dtype):
@@ -183,6 +113,14 @@ class Graph(nn.Module):
         return {name: parameter.grad for name, parameter in self.named_parameters()}
 
 
+def textbook(net, subset=None, base="sgd", lr=0.01, refresh_every=1, **rule):
+    subset = list(net.upper.parameters()) if subset is None else subset
+    own = {id(parameter) for parameter in net.trained}
+    outside = [parameter for parameter in net.others if id(parameter) not in own]
+    options = {"norm_params": subset, "refresh_every": refresh_every, "outside": outside}
+    return Oracle(BASES[base](net.trained, lr), net.shared, form="one backward", rule=rule, **options)
+
+
 def wrap(net, base="adam", subset=None, lr=0.01, **options):
     subset = list(net.upper.parameters()) if subset is None else subset
     return DualBalancedOptimizer(BASES[base](net.trained, lr), net.shared, norm_params=subset, **options)
@@ -220,10 +158,9 @@ def assert_near(actual, expected, rtol, step):
 
 
 def assert_balance(balance, oracle, rtol):
-    norms = [oracle.norms.get(task, math.nan) for task in range(TASKS)]
-    weights = [oracle.weights.get(task, 0.0) for task in range(TASKS)]
-    np.testing.assert_allclose(balance.norms.double().numpy(), norms, rtol=rtol)
-    np.testing.assert_allclose(balance.weights.double().numpy(), weights, rtol=rtol)
+    found = (balance.losses, balance.norms, balance.weights)
+    for one, expected in zip(found, oracle.balance(range(TASKS)), strict=True):
+        np.testing.assert_allclose(one.double().numpy(), expected, rtol=rtol)
 
 
 def assert_separate(parameters):
@@ -271,19 +208,18 @@ def test_fifty_steps_agree_with_the_oracle(setting, every, subset, base, dtype):
     net = Graph(dtype=dtype)
     slow = copy.deepcopy(net).double()
     optimizer = wrap(net, base, SUBSETS[subset](net), lr=lr, refresh_every=every, **setting)
-    oracle = Oracle(slow.shared, SUBSETS[subset](slow), slow.others, refresh_every=every, **setting)
-    slow_base = BASES[base](slow.trained, lr)
+    oracle = textbook(slow, SUBSETS[subset](slow), base, lr, every, **setting)
     for seed in range(50):
         optimizer.zero_grad()
-        slow_base.zero_grad()
+        oracle.zero_grad()
         if dtype is torch.float32:  # the same numbers, rounded, for both
             slow.load_state_dict(net.state_dict())
         optimizer.backward(some(net.losses(seed), seed))
-        oracle.backward(some(slow.losses(seed), seed))
+        oracle.backward(dict(enumerate(some(slow.losses(seed), seed))))
         assert_balance(optimizer.last_balance, oracle, rtol)
         assert_near(net.grads(), slow.grads(), rtol, seed)
         optimizer.step()
-        slow_base.step()
+        oracle.step()
     if dtype is torch.float64:
         assert_near(net.state_dict(), slow.state_dict(), rtol, "last")
 
@@ -306,10 +242,10 @@ def test_an_empty_batch_does_not_put_off_the_next_measurement(empty):
     """Norms are never older than `refresh_every` steps, apart from steps that brought nothing to measure."""
     net, optimizer = build(refresh_every=3)
     slow = copy.deepcopy(net)
-    oracle = Oracle(slow.shared, slow.upper.parameters(), slow.others, refresh_every=3)
+    oracle = textbook(slow, refresh_every=3)
     for seed in range(9):  # gradients only: the parameters stay
         optimizer.backward(net.losses(seed) if seed != empty else [None] * TASKS)
-        oracle.backward(slow.losses(seed) if seed != empty else [None] * TASKS)
+        oracle.backward(dict(enumerate(slow.losses(seed))) if seed != empty else {})
         assert_balance(optimizer.last_balance, oracle, 1e-8)
     assert_near(net.grads(), slow.grads(), 1e-9, "last")
 
@@ -340,22 +276,21 @@ def test_any_graph_agrees_with_the_oracle(kind, every):
     net, optimizer = build(kind, base="sgd", refresh_every=every)
     slow = copy.deepcopy(net)
     slow.kind = "plain" if kind == "non-reentrant" else kind
-    oracle = Oracle(slow.shared, slow.upper.parameters(), slow.others, refresh_every=every)
-    base = BASES["sgd"](slow.trained, 0.01)
+    oracle = textbook(slow, refresh_every=every)
     for seed in range(6):
         if seed % 2 == 0:
             optimizer.zero_grad()
-            base.zero_grad()  # leaves outside keep theirs
+            oracle.zero_grad()  # leaves outside keep theirs
         # The partly shared layer is reached by tasks 1 and 2 only, which the last steps lack.
         absent = seed == 3 or (kind == "partly shared" and seed > 3)
         form = (lambda losses: [losses[0], None, None]) if absent else (lambda losses: losses)
         optimizer.backward(form(net.losses(seed)))
-        oracle.backward(form(slow.losses(seed)))
+        oracle.backward(dict(enumerate(form(slow.losses(seed)))))
         assert_balance(optimizer.last_balance, oracle, 1e-8)
         assert_near(net.grads(), slow.grads(), 1e-9, seed)
         assert_separate(net.parameters())
         optimizer.step()
-        base.step()
+        oracle.step()
     assert_near(net.state_dict(), slow.state_dict(), 1e-9, "last")
     assert net.batch_norm.num_batches_tracked == (6 if kind == "batch norm" else 0)
     assert (net.outside.grad is not None) == (kind == "outside")
