@@ -17,7 +17,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import BadGradient, matrix_losses, with_value
-from conftest import Net, assert_same, build, header_of, snapshot, train
+from conftest import assert_same, build, header_of, snapshot, train
+from devices import array, device, generator, grad_scaler
+from networks import Net
 from oracle import Oracle, to_vector
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -37,7 +39,7 @@ def add(matrix):
 
 def by_column(matrix):
     """Every column has a factor of its own, so that no two columns can be mistaken for each other."""
-    return matrix.sum(0) * torch.linspace(1, 2, matrix.shape[1], dtype=matrix.dtype)
+    return matrix.sum(0) * torch.linspace(1, 2, matrix.shape[1], dtype=matrix.dtype, device=matrix.device)
 
 
 def max_norm(matrix):
@@ -207,7 +209,7 @@ def combined_by(aggregator, rows, log_transform):
         SGD([parameter], lr=0.1), [parameter], beta=0.0, aggregator=aggregator, log_transform=log_transform
     )
     optimizer.backward(matrix_losses(rows, parameter, log_transform))
-    return parameter.grad.numpy()
+    return array(parameter.grad)
 
 
 def two_projections(matrix):
@@ -301,7 +303,7 @@ def test_aggregators_of_torchjd_get_the_matrix_of_the_oracle(name, options):
         gradients_of(oracle, losses)
         torch.manual_seed(seed)
         optimizer.step(losses)
-        np.testing.assert_allclose(seen[-1].numpy(), oracle.matrix, rtol=1e-9, atol=1e-15 * abs(oracle.matrix).max())
+        np.testing.assert_allclose(array(seen[-1]), oracle.matrix, rtol=1e-9, atol=1e-15 * abs(oracle.matrix).max())
         torch.manual_seed(seed)
         combined = alone(seen[-1]).detach()
         assert torch.equal(torch.cat([parameter.grad.reshape(-1) for parameter in shared]), combined)
@@ -356,9 +358,9 @@ class Odd(nn.Module):
 
     def __init__(self):
         super().__init__()
-        generator = torch.Generator().manual_seed(0)
+        source = generator(0)
         draw = lambda *shape, dtype=torch.float64: nn.Parameter(  # noqa: E731
-            torch.randn(shape, generator=generator, dtype=dtype)
+            torch.randn(shape, generator=source, dtype=dtype)
         )
         self.small = draw(4, 3)
         self.large = draw(64, 256)
@@ -366,8 +368,8 @@ class Odd(nn.Module):
         self.empty = draw(0, 5)
         self.narrow = draw(7, dtype=torch.bfloat16)
         self.complex = draw(5, 2, dtype=torch.complex128)
-        self.permuted = nn.Parameter(torch.randn(3, 2, 5, 4, generator=generator).permute(0, 3, 1, 2).double())
-        self.larger = nn.Parameter(torch.randn(130, 130, generator=generator).double().t())
+        self.permuted = nn.Parameter(torch.randn(3, 2, 5, 4, generator=source).permute(0, 3, 1, 2).double())
+        self.larger = nn.Parameter(torch.randn(130, 130, generator=source).double().t())
         self.last = draw(6)
         self.heads = nn.ParameterList([draw(3) for _ in range(TASKS)])
 
@@ -376,12 +378,12 @@ class Odd(nn.Module):
         return [getattr(self, names[place]) for place in order]
 
     def losses(self, seed):
-        generator = torch.Generator().manual_seed(seed)
+        source = generator(seed)
         losses = []
         for task, head in enumerate(self.heads):
             total = head.square().sum() + 1
             for parameter in self.trunk_in(range(9)):
-                point = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                point = torch.randn(parameter.shape, generator=source, dtype=torch.float64)
                 values = torch.view_as_real(parameter) * point[..., None] if parameter.is_complex() else parameter
                 total = total + (values.double() - (0 if parameter.is_complex() else point)).square().sum()
             losses.append(10.0 ** (task - 1) * total)
@@ -405,7 +407,7 @@ def test_columns_come_in_the_order_of_the_shared_parameters(order, beta):
         optimizer.step(losses)
         assert recording.seen[-1].dtype == torch.float64
         # One parameter is of bfloat16, so its columns are rounded.
-        np.testing.assert_allclose(recording.seen[-1].numpy(), oracle.matrix, rtol=1e-2, atol=1e-9)
+        np.testing.assert_allclose(array(recording.seen[-1]), oracle.matrix, rtol=1e-2, atol=1e-9)
         for parameter, gradient in zip(model.parameters(), expected, strict=True):
             assert_near(parameter.grad, gradient, rounding(parameter))
 
@@ -532,7 +534,7 @@ def test_micro_batches_equal_one_batch(beta):
     whole.double()
     parts.double()
     for step in range(3):
-        x = torch.randn(12, 4, generator=torch.Generator().manual_seed(step), dtype=torch.float64)
+        x = torch.randn(12, 4, generator=generator(step), dtype=torch.float64)
         together.zero_grad()
         apart.zero_grad()
         together.step(losses_on(whole, x))
@@ -570,7 +572,7 @@ def test_an_overflow_changes_nothing_and_the_next_steps_are_those_without_it(bet
     for high in (True, False):
         recording = Recording(by_column)
         net, optimizer = build(tasks=3, beta=beta, aggregator=recording)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30 if high else 2.0**4, backoff_factor=2.0**-26)
+        scaler = grad_scaler(2.0**30 if high else 2.0**4, backoff_factor=2.0**-26)
         for seed in range(0 if high else 1, 4):
             before = snapshot(net, optimizer)
             optimizer.backward([through_half(loss) for loss in net.losses(seed)], scaler)
@@ -587,7 +589,7 @@ def test_an_overflow_changes_nothing_and_the_next_steps_are_those_without_it(bet
 
 
 def test_under_a_scaler_gradients_come_out_scaled():
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = grad_scaler(1024.0)
     (net, optimizer), (plain, other) = (build("sgd", tasks=3, aggregator=by_column) for _ in range(2))
     for seed in range(3):
         optimizer.zero_grad()
@@ -605,7 +607,7 @@ def test_under_a_scaler_gradients_come_out_scaled():
 
 
 def test_a_combined_gradient_too_large_for_its_scale_is_an_overflow():
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+    scaler = grad_scaler(2.0**20)
     net, optimizer = build(tasks=2, beta=0.0, aggregator=lambda matrix: torch.full((SHARED,), 2.0**110))
     before = copy.deepcopy(net.state_dict())
     optimizer.backward(net.losses(), scaler)
@@ -618,7 +620,7 @@ def test_a_combined_gradient_too_large_for_its_scale_is_an_overflow():
 
 def test_a_vector_that_the_aggregator_keeps_is_not_written_to():
     kept = torch.ones(SHARED)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler = grad_scaler(8.0)
     net, optimizer = build(tasks=2, aggregator=lambda matrix: kept)
     for seed in range(2):
         optimizer.backward(net.losses(seed), scaler)
@@ -750,7 +752,7 @@ def test_under_a_scaler_a_vector_that_is_not_finite_moves_nothing_shared(mode):
     faulty, net, optimizer = prepared(2, base="sgd", nonfinite=mode)
     optimizer.zero_grad()
     before = copy.deepcopy(net.trunk.state_dict())
-    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    scaler = grad_scaler(16.0)
     faulty.returns = REFUSED["nan"][0]
     if mode == "raise":
         with pytest.raises(RuntimeError, match="aggregator"):
@@ -768,13 +770,11 @@ def test_under_a_scaler_a_vector_that_is_not_finite_moves_nothing_shared(mode):
 
 def spoiled(net, seed, value, task=1):
     """Losses on batch `seed`; the gradient of `task` on its features is `value`."""
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
-    features = net.trunk[1](net.trunk[0](x))
-    losses = []
-    for number, head in enumerate(net.heads):
-        given = BadGradient.apply(features, value) if number == task else features
-        losses.append(10.0**number * (head(given) - 1).square().mean())
-    return losses
+
+    def bad(place, number, values):
+        return BadGradient.apply(values, value) if (place, number) == ("trunk", task) else values
+
+    return net.losses(seed, bad)
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.9])
@@ -862,7 +862,7 @@ def test_the_aggregator_runs_outside_of_autocast_and_without_gradients():
 
     def combine(matrix):
         seen.update(
-            autocast=torch.is_autocast_enabled("cpu"),
+            autocast=torch.is_autocast_enabled(device().type),
             product=(matrix @ matrix.t()).dtype,
             gradients=torch.is_grad_enabled(),
             graph=matrix.requires_grad,
@@ -871,9 +871,9 @@ def test_the_aggregator_runs_outside_of_autocast_and_without_gradients():
 
     net, optimizer = build(aggregator=combine)
     losses = net.losses()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(device().type, dtype=torch.bfloat16):
         optimizer.backward(losses)
-        assert torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled(device().type)
     assert torch.is_grad_enabled()
     assert seen == {"autocast": False, "product": torch.float32, "gradients": False, "graph": False}
 
@@ -931,8 +931,8 @@ class Remembering(nn.Module):
 
     def forward(self, matrix):
         self.calls += 1
-        self.lengths = 0.9 * self.lengths + 0.1 * matrix.norm(dim=1).double().numpy()
-        self.velocity.mul_(0.5).add_(torch.from_numpy(1 / self.lengths).to(matrix.dtype) @ matrix)
+        self.lengths = 0.9 * self.lengths + 0.1 * array(matrix.norm(dim=1).double())
+        self.velocity.mul_(0.5).add_(torch.from_numpy(1 / self.lengths).to(matrix) @ matrix)
         return self.velocity + matrix.sum(0) / self.calls
 
     def get_extra_state(self):
@@ -1048,7 +1048,7 @@ def train_parts(rank, size, aggregator, steps=4, **options):
 
 
 def losses_of_part(net, rank, size, seed):
-    x = torch.randn(12, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(12, 4, generator=generator(seed), dtype=torch.float64)
     return [10.0**task * (out - 1).square().mean() for task, out in enumerate(net(x.chunk(size)[rank]))]
 
 

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import assert_same, build, build_plain, every_base, header_of, snapshot, train
+from devices import grad_scaler
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -210,7 +211,7 @@ def test_step_takes_a_closure(base, how):
 def test_grad_scaler_steps_and_skips(base):
     net, optimizer = build(base)
     twin, plain = build_plain(base)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
+    scaler = grad_scaler(1024.0, growth_interval=100)
     for seed, factor in enumerate([1.0, float("inf"), 1.0]):
         optimizer.zero_grad()
         before = parameters_of(net)
@@ -409,7 +410,7 @@ def test_two_optimizers_in_one_loop():
     generator, make = build("adam")
     critic, judge = build("sgd")
     for seed in range(3):
-        noise = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
+        noise = torch.randn(8, 4, generator=generator(seed))
         fake = torch.cat(generator(noise) * 2, dim=1)
         before = snapshot(generator, make)
         judge.zero_grad()

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
+import networks
 import pytest
 import torch
 import torch.distributed as dist
@@ -31,6 +32,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from balanced_optim import DualBalancedOptimizer, _gradient_buffer
 
+pytestmark = pytest.mark.cpu  # processes talk over gloo
+
 TASKS = 3
 STEPS = 6
 EXACT = 1e-10
@@ -39,22 +42,11 @@ FEATURES = 8
 # ------------------------------------------------- networks
 
 
-class Net(nn.Module):
+class Net(networks.Net):
     """Two shared layers and a head a task; `side` belongs to the trunk and is used by the last task only."""
 
     def __init__(self, tasks=TASKS, dtype=torch.float64):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            self.trunk = nn.Sequential(nn.Linear(FEATURES, 7), nn.Tanh(), nn.Linear(7, 6), nn.Tanh())
-            self.trunk.register_parameter("side", nn.Parameter(torch.randn(6)))
-            self.heads = nn.ModuleList(nn.Linear(6, 1) for _ in range(tasks))
-        self.to(dtype)
-
-    def forward(self, x):
-        features = self.trunk(x)
-        inputs = [features] * (len(self.heads) - 1) + [features * self.trunk.side]
-        return [head(given) for head, given in zip(self.heads, inputs, strict=True)]
+        super().__init__(tasks, (FEATURES, 7, 6), side=True, dtype=dtype)
 
 
 class Odd(nn.Module):

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import Net, assert_same, build, named, snapshot, train
+from conftest import assert_same, build, named, snapshot, train
+from networks import Net
 from torch import nn
 
 from balanced_optim import DualBalancedOptimizer

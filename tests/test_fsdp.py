@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from networks import Blocks as Net
 from torch import nn
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.state_dict import (
@@ -23,46 +24,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 
 from balanced_optim import DualBalancedOptimizer
+
+pytestmark = pytest.mark.cpu  # processes talk over gloo
 
 TASKS, ROWS, STEPS = 3, 12, 4
 
 
 # ------------------------------------------------- a network, its batches, one process
-
-
-class Block(nn.Module):
-    """A layer of the trunk, with or without an activation checkpoint in it."""
-
-    def __init__(self, before, after, reentrant):
-        super().__init__()
-        self.linear, self.reentrant = nn.Linear(before, after), reentrant
-
-    def forward(self, x):
-        if self.reentrant is None:
-            return self._layer(x)
-        return checkpoint(self._layer, x, use_reentrant=self.reentrant)
-
-    def _layer(self, x):
-        return self.linear(x).tanh()
-
-
-class Net(nn.Module):
-    """Two blocks and three heads. Four ranks divide none of the dimensions 30, 7 and 1, two only the first."""
-
-    def __init__(self, reentrant=None, seed=0, width=30):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.trunk = nn.Sequential(Block(5, width, reentrant), Block(width, 7, reentrant))
-            self.heads = nn.ModuleList(nn.Linear(7, 1) for _ in range(TASKS))
-        self.double()
-
-    def forward(self, x):
-        features = self.trunk(x)
-        return [head(features) for head in self.heads]
 
 
 def batch(step):

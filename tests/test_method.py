@@ -9,8 +9,9 @@ import cases
 import numpy as np
 import pytest
 import torch
-from cases import one_thread  # noqa: F401
+from cases import combine, matrix_optimizer, one_thread  # noqa: F401
 from conftest import header_of
+from devices import array, generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Oracle, Rule, weights_of
@@ -60,20 +61,6 @@ def averages(optimizer, task):
     name = f"task_ema_{task}"
     rows = [entry[name].reshape(-1) for entry in state["state"].values() if name in entry]
     return torch.cat(rows).clone(), header_of(state)["counts"][task]
-
-
-def matrix_optimizer(matrix, dtype=torch.float64, **keywords):
-    parameter = nn.Parameter(torch.zeros(np.shape(matrix)[1], dtype=dtype))
-    return parameter, DualBalancedOptimizer(SGD([parameter], lr=1.0), [parameter], **keywords)
-
-
-def combine(*batches, dtype=torch.float64, log_transform=True, **keywords):
-    """The combined gradient after some batches given as gradient matrices, and the balance."""
-    parameter, optimizer = matrix_optimizer(batches[0], dtype, log_transform=log_transform, **keywords)
-    for matrix in batches:
-        parameter.grad = None
-        optimizer.backward(cases.matrix_losses(matrix, parameter, log_transform))
-    return parameter.grad, optimizer.last_balance
 
 
 # ------------------------------------------------- the oracle
@@ -142,7 +129,7 @@ def run_against_the_oracle(method, base, form, dtype, rtol, steps=50):
             for found, expected in zip(
                 (balance.losses, balance.norms, balance.weights), oracle.balance(NAMES), strict=True
             ):
-                np.testing.assert_allclose(found.numpy(), expected, rtol=1e-7)
+                np.testing.assert_allclose(array(found), expected, rtol=1e-7)
     assert balance.tasks == (NAMES if form == "mapping" else ("0", "1", "2"))
     assert_near(list(fast.parameters()), list(slow.parameters()), rtol)
 
@@ -347,15 +334,15 @@ class Toy:
     """Trunk, heads and base optimizer as plain tensors; one of the tasks can be made to fail."""
 
     def __init__(self, kind=Adam, width=5, **keywords):
-        generator = torch.Generator().manual_seed(3)
-        rand = lambda *shape: nn.Parameter(torch.randn(*shape, generator=generator, dtype=torch.float64))  # noqa: E731
+        source = generator(3)
+        rand = lambda *shape: nn.Parameter(torch.randn(*shape, generator=source, dtype=torch.float64))  # noqa: E731
         self.trunk, self.heads = [rand(4, width), rand(width)], [rand(width) for _ in range(3)]
         self.base = kind([*self.heads, *self.trunk], lr=0.01)
         self.optimizer = DualBalancedOptimizer(self.base, self.trunk, **keywords)
 
     def losses(self, seed, bad_task=None, where="loss", value=math.nan):
         """Losses of a seeded batch. `where`: what is not usable of `bad_task`: its loss, its trunk or head gradient."""
-        x = torch.randn(6, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        x = torch.randn(6, 4, generator=generator(seed), dtype=torch.float64)
         features = torch.tanh(x @ self.trunk[0] + self.trunk[1])
         losses = {}
         for task, head in enumerate(self.heads):
@@ -731,7 +718,7 @@ def test_buffer_keeps_the_averages(shapes, copier):
         task, beta, taken = int(rng.integers(tasks)), [0.0, 0.5, 0.9][step % 3], step % 4 != 3
         gradients = gradients_of(parameters, rng, {step % len(parameters)} if step % 2 else ())
         proposed = [
-            beta * ema + (0 if g is None else (1 - beta) * g.numpy())
+            beta * ema + (0 if g is None else (1 - beta) * array(g))
             for ema, g in zip(expected[task], gradients, strict=True)
         ]
         norm = buffer.propose(gradients, task, beta)
@@ -752,11 +739,11 @@ def check_buffer(buffer, expected, rng):
     parts = list(zip(*expected, strict=True))
     for part, found in zip(parts, buffer.weighted_sum(torch.as_tensor(weights)), strict=True):
         expected_sum = sum(w * row for w, row in zip(weights, part, strict=True))
-        np.testing.assert_allclose(found.numpy(), expected_sum, atol=1e-13)
+        np.testing.assert_allclose(array(found), expected_sum, atol=1e-13)
     flat = np.stack([np.concatenate([row.reshape(-1) for row in rows]) for rows in expected])
-    np.testing.assert_allclose(buffer.gram().numpy(), flat @ flat.T, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(array(buffer.gram()), flat @ flat.T, rtol=1e-10, atol=1e-12)
     for part, rows in zip(parts, buffer.averages(), strict=True):
-        np.testing.assert_allclose(torch.stack(rows).numpy(), np.stack(part), rtol=1e-13, atol=1e-14)
+        np.testing.assert_allclose(array(torch.stack(rows)), np.stack(part), rtol=1e-13, atol=1e-14)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

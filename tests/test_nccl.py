@@ -5,11 +5,13 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Net
+from networks import Net
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from balanced_optim import DualBalancedOptimizer
+
+pytestmark = pytest.mark.cpu  # it chooses its devices itself
 
 RANKS = 2
 STEPS = 4

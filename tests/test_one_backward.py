@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same, header_of, snapshot
+from devices import array
+from networks import Graph
 from oracle import Oracle
 from torch import nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from balanced_optim import DualBalancedOptimizer
 
@@ -22,95 +22,6 @@ BASES = {
     "sgd": lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
     "adam": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr),
 }
-
-
-def batch(seed, dtype):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(8, size, generator=generator).to(dtype) for size in (4, TASKS))
-
-
-class Graph(nn.Module):
-    """A trunk `lower`, `upper` and three heads, with one peculiarity, `kind`; norms are measured on `upper`."""
-
-    def __init__(self, kind="plain", dtype=torch.float64):
-        super().__init__()
-        self.kind = kind
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(len(kind))
-            self.lower = nn.GRU(4, 6, batch_first=True) if kind == "recurrent" else nn.Linear(4, 6)
-            self.side = nn.Linear(6, 6)
-            self.batch_norm = nn.BatchNorm1d(6)
-            self.middle = nn.Linear(6, 6)
-            self.upper = nn.Linear(6, 6)
-            self.pair = nn.Linear(6, 6)
-            self.heads = nn.ModuleList(nn.Linear(6, 1) for _ in range(TASKS))
-            self.outside = nn.Parameter(torch.ones(6))
-        self.poison = None
-        self.to(dtype)
-
-    @property
-    def shared(self):
-        layers = [self.lower, self.middle, self.upper]
-        layers += {"partly shared": [self.side], "batch norm": [self.batch_norm]}.get(self.kind, [])
-        return [parameter for layer in layers for parameter in layer.parameters()]
-
-    @property
-    def others(self):
-        shared = {id(parameter) for parameter in self.shared}
-        return [parameter for parameter in self.parameters() if id(parameter) not in shared]
-
-    @property
-    def trained(self):
-        return [parameter for parameter in self.parameters() if parameter is not self.outside]
-
-    def bad(self, tensor, where):
-        """The tensor, with a gradient of NaN where that is the poisoned place."""
-        if self.poison == where:
-            tensor = tensor * 1
-            tensor.register_hook(lambda gradient: gradient * math.nan)
-        return tensor
-
-    def bottom(self, x):
-        hidden = self.lower(x.unflatten(1, (1, 4)))[0][:, 0] if self.kind == "recurrent" else self.lower(x)
-        hidden = self.batch_norm(hidden) if self.kind == "batch norm" else hidden
-        return self.bad(self.middle(torch.tanh(hidden)), "below")
-
-    def features(self, x):
-        if self.kind.endswith("reentrant"):
-            hidden = checkpoint(self.bottom, x.requires_grad_(), use_reentrant=self.kind == "reentrant")
-        else:
-            hidden = self.bottom(x)
-        if self.kind == "dropout":
-            hidden = functional.dropout(hidden, 0.4)
-        self.seen_below, self.seen = hidden, self.bad(torch.tanh(self.upper(torch.tanh(hidden))), "trunk")
-        return self.seen
-
-    def losses(self, seed=0):
-        x, y = batch(seed, self.upper.weight.dtype)
-        if self.kind == "dropout":
-            torch.manual_seed(seed)
-        if self.kind == "several inputs":
-            inputs = [self.features(x + task) for task in range(TASKS)]
-        else:
-            inputs = [self.features(x)] * TASKS
-        if self.kind == "partly shared":
-            inputs[1:] = [each + torch.tanh(self.side(each)) for each in inputs[1:]]
-        if self.kind == "head of two tasks":
-            inputs[:2] = [self.pair(inputs[0])] * 2
-        if self.kind == "outside":
-            inputs[1:] = [each * self.outside for each in inputs[1:]]
-        outputs = [head(each)[:, 0] for head, each in zip(self.heads, inputs, strict=True)]
-        outputs[1] = self.bad(outputs[1], "head")
-        losses = [8.0 ** (task - 1) * (output - y[:, task]).square().mean() for task, output in enumerate(outputs)]
-        if self.kind == "tied":
-            losses[2] = (functional.linear(inputs[2], self.lower.weight.t()) - x).square().mean()
-        return losses
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "seen": None, "seen_below": None}  # graphs are not copied
-
-    def grads(self):
-        return {name: parameter.grad for name, parameter in self.named_parameters()}
 
 
 def textbook(net, subset=None, base="sgd", lr=0.01, refresh_every=1, **rule):
@@ -160,7 +71,7 @@ def assert_near(actual, expected, rtol, step):
 def assert_balance(balance, oracle, rtol):
     found = (balance.losses, balance.norms, balance.weights)
     for one, expected in zip(found, oracle.balance(range(TASKS)), strict=True):
-        np.testing.assert_allclose(one.double().numpy(), expected, rtol=rtol)
+        np.testing.assert_allclose(array(one.double()), expected, rtol=rtol)
 
 
 def assert_separate(parameters):

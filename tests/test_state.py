@@ -29,7 +29,7 @@ def absent(losses, seed):
 
 
 def last_comes_late(losses, seed):
-    """The last task, the only one that reaches `extra`, is not there before batch 4."""
+    """The last task, the only one that reaches `side`, is not there before batch 4."""
     return [*losses[:-1], losses[-1] if seed >= 4 else None]
 
 
@@ -50,8 +50,8 @@ SETTINGS = {
     "absent-beta-0": ({"beta": 0.0}, absent),
     "bfloat16": ({"ema_dtype": torch.bfloat16}, as_list),
     "float64": ({"ema_dtype": torch.float64}, as_list),
-    "partly-reached": ({"extra": True}, as_list),
-    "partly-reached-late": ({"extra": True}, last_comes_late),
+    "partly-reached": ({"side": True}, as_list),
+    "partly-reached-late": ({"side": True}, last_comes_late),
 }
 every_setting = pytest.mark.parametrize("setting", SETTINGS)
 

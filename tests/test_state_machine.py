@@ -14,6 +14,7 @@ import pytest
 import torch
 from cases import BadGradient, one_thread, with_value  # noqa: F401
 from conftest import header_of
+from devices import array, generator, grad_scaler
 from hypothesis import HealthCheck, settings, stateful
 from hypothesis import strategies as st
 from oracle import Oracle
@@ -28,9 +29,9 @@ SEEN = Counter()  # what the programs did, so that the test can tell that they d
 
 def network(tasks, seed=0):
     """Parameters by name: three shared ones, of which the last task alone uses `side`, and a head for each task."""
-    generator = torch.Generator().manual_seed(seed)
+    source = generator(seed)
     sizes = {"lower": (3, 4), "upper": (4, 4), "side": (4,)} | {f"head{task}": (4,) for task in range(tasks)}
-    draw = lambda size: torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()  # noqa: E731
+    draw = lambda size: torch.randn(size, generator=source, dtype=torch.float64).requires_grad_()  # noqa: E731
     return {name: draw(size) for name, size in sizes.items()}
 
 
@@ -42,7 +43,7 @@ def grow(net):
 
 def losses_of(net, seed, faults, limit=math.inf):
     """A loss a task, None for an absent one. `faults`: what is wrong with each; gradients of `limit` overflow."""
-    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(5, 3, generator=generator(seed), dtype=torch.float64)
     hidden, losses = torch.tanh(x @ net["lower"]), []
     for task, fault in enumerate(faults):
         poison = lambda tensor, place, fault=fault: BadGradient.apply(tensor, math.nan) if fault == place else tensor  # noqa: E731
@@ -114,7 +115,7 @@ class Programs(stateful.RuleBasedStateMachine):
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.5)
         if "late" in self.mine:
             self.optimizer.add_param_group(grow(self.net))
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+        self.scaler = grad_scaler(2.0**20)
 
     def losses(self, seed, faults, *limit):
         """For the oracle, and for the package: a mapping leaves absent tasks out once it may."""
@@ -232,7 +233,7 @@ class Programs(stateful.RuleBasedStateMachine):
         balance = self.optimizer.last_balance
         assert (balance is None) == (model.losses is None)
         if balance is not None:
-            actual = np.stack([each.numpy() for each in (balance.losses, balance.norms, balance.weights)])
+            actual = np.stack([array(each) for each in (balance.losses, balance.norms, balance.weights)])
             np.testing.assert_allclose(actual, model.balance(names), rtol=1e-7)
             assert (list(balance.tasks), balance.skipped) == (names, model.skipped)
 
