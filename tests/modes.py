@@ -13,7 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 # What makes the host wait for a device: as the operation behind it, and as Python calls it.
-_READS = {torch.ops.aten._local_scalar_dense, torch.ops.aten.is_nonzero, torch.ops.aten.nonzero}
+_aten = torch.ops.aten
+_READS = {_aten._local_scalar_dense, _aten.is_nonzero, _aten.nonzero, _aten.masked_select, _aten.equal}
+_INDEXING = {_aten.index, _aten.index_put, _aten.index_put_}
 _CALLS = {"tolist", "numpy", "item", "cpu", "__bool__", "__float__", "__int__", "__index__", "__array__"}
 
 
@@ -42,7 +44,10 @@ class _Operations(TorchDispatchMode):
         outcome = function(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, outcome)) if isinstance(leaf, torch.Tensor)]
         size = max((tensor.numel() for tensor in tensors), default=0)
-        self.note(Operation(str(function), function.overloadpacket in _READS, size), tensors)
+        packet = function.overloadpacket
+        # How many elements a mask picks is read too.
+        masks = packet in _INDEXING and any(t is not None and t.dtype == torch.bool for t in args[1])
+        self.note(Operation(str(function), packet in _READS or masks, size), tensors)
         return outcome
 
 
@@ -111,5 +116,5 @@ def no_double():
 def device_path(monkeypatch):
     """Run what a device runs, on CPU tensors: results stay tensors that nobody waits for."""
     with monkeypatch.context() as patch:
-        patch.setattr("balanced_optim._store.ON_DEVICE", lambda device: True)
+        patch.setattr("balanced_optim._numbers.ON_DEVICE", lambda device: True)
         yield

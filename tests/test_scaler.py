@@ -144,8 +144,8 @@ def test_a_scale_that_is_no_power_of_two(form, device):
     run, plain = pair(form, device, growing(device, 1000.0, growth_factor=3.0), base=base)
     for each in (run, plain):
         each.train(range(5))
-    # Half precision averages may be rounded to the other side.
-    atol = 1e-3 if "ema_dtype" in form else 1e-6
+    # Half precision averages may be rounded to the other side, and long sums add up more roundings.
+    atol = 1e-3 if "ema_dtype" in form else 1e-5 if "sizes" in form else 1e-6
     torch.testing.assert_close(list(run.net.parameters()), list(plain.net.parameters()), rtol=1e-6, atol=atol)
 
 
