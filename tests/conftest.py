@@ -94,6 +94,16 @@ def pytest_addoption(parser):
     parser.addoption("--device", default="cpu", help="where networks, data and the oracle are, such as cuda")
 
 
+def pytest_collection_modifyitems(items):
+    """Benchmarks choose their device themselves."""
+    for item in items:
+        names = [
+            str(getattr(value, "__module__", "")) for value in vars(getattr(item, "module", None) or item).values()
+        ]
+        if any(name.startswith("benchmarks") for name in names):
+            item.add_marker(pytest.mark.cpu)
+
+
 @pytest.fixture
 def device(request):
     """The device's name; that of a CPU for tests that are marked as being about CPUs."""

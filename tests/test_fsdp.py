@@ -709,10 +709,6 @@ def no_group(net):
     return shard(net, Case()), {"process_group": None}
 
 
-def averages_sharded_twice(net):
-    return shard(net, Case()), {"shard_averages": True}
-
-
 def plain_heads(net):
     fully_shard(net.trunk)
     return net, {}
@@ -752,7 +748,6 @@ def first_step(rank, size, prepare, as_module):
     ("prepare", "message"),
     [
         (no_group, "process_group is needed where parameters are DTensors, got None"),
-        (averages_sharded_twice, "shard_averages must be False where FSDP2 shards the parameters"),
         (plain_heads, "must all be sharded or all be plain"),
         (a_plain_block, "must all be sharded or all be plain"),
         (plain_trunk, "must all be sharded or all be plain"),
@@ -825,7 +820,7 @@ def make(kind, case, seed=0):
     if kind == "fully_shard":
         return shard(net, case), net, balanced(net, case, process_group=dist.group.WORLD)
     ddp = nn.parallel.DistributedDataParallel(net)
-    return ddp, net, balanced(net, case, process_group=dist.group.WORLD, shard_averages=True)
+    return ddp, net, balanced(net, case, process_group=dist.group.WORLD)
 
 
 def go_on(module, net, optimizer, rank, size, steps):
