@@ -30,7 +30,8 @@ class Operation:
 
 def _is_read(function, arguments):
     name = getattr(function, "__name__", "")
-    return name in _CALLS or (name == "to" and any(str(value) == "cpu" for value in arguments[1:]))
+    # By name: the device of these tensors, which stand for those of another, is a CPU too.
+    return name in _CALLS or (name == "to" and any(isinstance(v, str) and v == "cpu" for v in arguments[1:]))
 
 
 class _Operations(TorchDispatchMode):

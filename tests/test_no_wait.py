@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from cases import BadGradient, one_thread, with_value  # noqa: F401
+from cases import one_thread, with_value  # noqa: F401
 from conftest import assert_same, header_of
 from devices import grad_scaler
 from modes import device_path, journal, no_double, nothing_is_read
@@ -47,10 +47,13 @@ def build(form, nonfinite="ignore", dtype=torch.float32, **more):
 
 
 def bad_gradient(where):
-    """The second task's gradient is not finite there."""
+    """The second task's gradient is not finite there. By a hook: functions of one's own are replayed, which is read."""
 
     def at(place, task, values):
-        return BadGradient.apply(values, math.nan) if (place, task) == (where, 1) else values
+        if (place, task) == (where, 1):
+            values = values * 1
+            values.register_hook(lambda gradient: gradient * math.nan)
+        return values
 
     return at
 
@@ -124,7 +127,7 @@ def test_one_read_after_everything_is_under_way(form, mode):
 @every_form
 @pytest.mark.parametrize("where", ["loss", "trunk", "head"])
 @pytest.mark.parametrize("mode", ["raise", "skip"])
-def test_a_refused_batch_takes_one_read_and_is_not_committed(form, mode, where):
+def test_a_refused_batch_is_under_way_before_it_is_read_and_is_not_committed(form, mode, where):
     net, optimizer = build(form, mode)
     for seed in range(2):
         optimizer.zero_grad()
@@ -139,9 +142,10 @@ def test_a_refused_batch_takes_one_read_and_is_not_committed(form, mode, where):
         else:
             optimizer.step(losses)
             assert optimizer.last_balance.skipped
-    if mode == "skip":
-        # An error may be made out with the help of another.
-        assert sum(operation.reads for operation in operations) == 1
+    # What follows the first read says what was wrong, and measures averages that took the batch in.
+    first = next(place for place, operation in enumerate(operations) if operation.reads)
+    after = {operation.name for operation in operations[first + 1 :] if operation.size >= WIDE}
+    assert after <= {"aten.view.default", "aten.linalg_vector_norm.default"}
     assert_same(([parameter.detach() for parameter in net.parameters()], header_of(optimizer)), before)
     assert all(parameter.grad is None for parameter in net.parameters())
     state = optimizer.state_dict()["state"]
@@ -206,10 +210,8 @@ def accumulated(net, optimizer, seed):
 
 
 def scaled(net, optimizer, seed):
-    scaler = grad_scaler(8.0)
-    optimizer.backward(net.losses(seed), scaler)
-    scaler.step(optimizer)
-    scaler.update()
+    """Without the scaler's own step, which divides in double precision."""
+    optimizer.backward(net.losses(seed), grad_scaler(8.0))
 
 
 WAYS = {
