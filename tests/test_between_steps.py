@@ -181,7 +181,7 @@ def test_priorities_set_between_steps_hold_from_the_next_one(form):
             torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("weights", [[1.0, 0.5, 2], (1, 0.5, 2.0), {"c": 2.0, "a": 1, "b": 0.5}])
+@pytest.mark.parametrize("weights", [[1.0, 0.5, 2], (1, 0.5, 2.0), {"a": 1, "b": 0.5, "c": 2.0}])
 @pytest.mark.parametrize("early", [False, True], ids=["after a step", "before the first"])
 def test_every_form_that_the_constructor_takes_can_be_set(weights, early):
     way = named if isinstance(weights, dict) else list
