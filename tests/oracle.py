@@ -172,13 +172,17 @@ class Oracle:
         self.measured = list(norm_params) if form == "one backward" else self.shared
         self.refresh_every, self.aggregator, self.nonfinite = refresh_every, aggregator, nonfinite
         self.outside = list(outside)
-        # k counts batches, `count` those of each task; `age` is the number of batches since a norm was measured.
-        self.k, self.count, self.age, self.ema, self.reached = 0, {}, {}, {}, set()
+        self.reset_averages()
         self.losses = self.norms = self.weights = None
         self.skipped, self.matrix, self.moved = False, None, {}
-        self.micro, self.pending, self.skip = None, False, False
+        self.pending, self.skip = False, False
 
     # ------------------------------------------------- what a training loop calls
+
+    def reset_averages(self):
+        # k counts batches, `count` those of each task; `age` is the number of batches since a norm was measured.
+        self.k, self.count, self.age, self.ema, self.reached = 0, {}, {}, {}, set()
+        self.micro = None
 
     def step(self, losses=None, samples=1.0):
         """A whole step with `losses`; without, the base's own on what `.grad` holds."""

@@ -611,7 +611,6 @@ def test_a_combined_gradient_too_large_for_its_scale_is_an_overflow():
     net, optimizer = build(tasks=2, beta=0.0, aggregator=lambda matrix: torch.full((SHARED,), 2.0**110))
     before = copy.deepcopy(net.state_dict())
     optimizer.backward(net.losses(), scaler)
-    assert optimizer.last_balance.skipped
     scaler.step(optimizer)
     scaler.update()
     assert scaler.get_scale() == 2.0**19

@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+from contextlib import nullcontext
 
 import cases
 import numpy as np
@@ -283,6 +284,24 @@ def test_the_rule_for_losses_below_minus_eps_holds_for_logged_tasks_only():
     with pytest.raises(ValueError, match="loss of task 'b' must be finite"):
         optimizer.step(losses | {"b": losses["b"] * math.nan})
     optimizer.step(losses)
+
+
+def test_a_loss_that_has_no_log_is_told_of_once_where_batches_are_skipped():
+    net = network()
+    optimizer = DualBalancedOptimizer(SGD(net.parameters(), lr=0.01), net.trunk, nonfinite="skip")
+    optimizer.step(losses_of(net, 0))
+    for seed in (1, 2):
+        losses = losses_of(net, seed)
+        told = pytest.warns(UserWarning, match="'b'.*log_transform") if seed == 1 else nullcontext()
+        with told:
+            optimizer.step(losses | {"b": losses["b"] - 1e6})
+        assert optimizer.last_balance.skipped
+
+
+def test_a_mapping_may_name_unlogged_tasks_only_since_others_fade():
+    net = network()
+    options = {"log_transform": {"b": False}, "fade_solved": True}
+    DualBalancedOptimizer(SGD(net.parameters(), lr=0.01), net.trunk, **options).step(losses_of(net, 0))
 
 
 def test_only_logged_tasks_fade():
