@@ -331,14 +331,14 @@ MISFITS = {
         edit_header(tasks=["a", "b", "z"], named=True),
         r"tasks \['a', 'b', 'c'\], got the tasks \['a', 'b', 'z'\]",
     ),
-    "version": (lambda: build(tasks=3), 1, as_list, edit_header(version=99), r"version 2, got version 99; load it"),
-    "no-version": (lambda: build(tasks=3), 1, as_list, drop("version"), r"version 2, got version None"),
+    "version": (lambda: build(tasks=3), 1, as_list, edit_header(version=99), r"version 2 or 3, got version 99; load it"),
+    "no-version": (lambda: build(tasks=3), 1, as_list, drop("version"), r"version 2 or 3, got version None"),
     "no-header": (
         lambda: build(tasks=3),
         1,
         as_list,
         lambda state: state["param_groups"][0].update(balanced_optim=7),
-        r"version 2, got version None",
+        r"version 2 or 3, got version None",
     ),
     **{
         f"no-{name}": (lambda: build(tasks=3), 1, as_list, drop(name), rf"must hold \['{name}'\]")
