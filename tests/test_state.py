@@ -331,7 +331,13 @@ MISFITS = {
         edit_header(tasks=["a", "b", "z"], named=True),
         r"tasks \['a', 'b', 'c'\], got the tasks \['a', 'b', 'z'\]",
     ),
-    "version": (lambda: build(tasks=3), 1, as_list, edit_header(version=99), r"version 2 or 3, got version 99; load it"),
+    "version": (
+        lambda: build(tasks=3),
+        1,
+        as_list,
+        edit_header(version=99),
+        r"version 2 or 3, got version 99; load it",
+    ),
     "no-version": (lambda: build(tasks=3), 1, as_list, drop("version"), r"version 2 or 3, got version None"),
     "no-header": (
         lambda: build(tasks=3),
