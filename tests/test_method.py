@@ -382,6 +382,7 @@ BAD_LOSSES = [(True, v) for v in (math.nan, math.inf, -math.inf, -1e-8, -1.0)] +
 @pytest.mark.parametrize("good_steps", [0, 3])
 @pytest.mark.parametrize("task", [0, 2])
 @pytest.mark.parametrize(("log_transform", "value"), BAD_LOSSES)
+@pytest.mark.filterwarnings("ignore:the loss of task .* below -eps")
 def test_a_bad_loss_changes_nothing(log_transform, value, task, good_steps, beta, mode):
     toy, twin = (Toy(beta=beta, log_transform=log_transform, nonfinite=mode) for _ in range(2))
     toy.train(range(good_steps))

@@ -320,6 +320,7 @@ def spoil(losses, value):
 @PHASES
 @pytest.mark.parametrize("value", [math.nan, -1.0])
 @pytest.mark.parametrize("mode", ["raise", "skip", "ignore"])
+@pytest.mark.filterwarnings("ignore:the loss of task .* below -eps")
 def test_a_bad_loss_leaves_no_trace(mode, value, done):
     """What follows is what follows without the batch, or without the task ("ignore"), bit for bit."""
     net, optimizer = build(nonfinite=mode, refresh_every=3)
