@@ -5,7 +5,10 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import nn
+from torch.optim import SGD
 from torch.utils.checkpoint import checkpoint
+
+from balanced_optim import DualBalancedOptimizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -68,6 +71,20 @@ def matrix_losses(matrix, parameter, log_transform=True):
     """Losses whose (log) gradients at ``parameter = 0`` are the rows of `matrix`; under the log each loss is 1."""
     rows = torch.as_tensor(matrix, dtype=parameter.dtype) @ parameter
     return list(torch.exp(rows) if log_transform else rows)
+
+
+def matrix_optimizer(matrix, dtype=torch.float64, **keywords):
+    parameter = nn.Parameter(torch.zeros(np.shape(matrix)[1], dtype=dtype))
+    return parameter, DualBalancedOptimizer(SGD([parameter], lr=1.0), [parameter], **keywords)
+
+
+def combine(*batches, dtype=torch.float64, log_transform=True, **keywords):
+    """The combined gradient after some batches given as gradient matrices, and the balance."""
+    parameter, optimizer = matrix_optimizer(batches[0], dtype, log_transform=log_transform, **keywords)
+    for matrix in batches:
+        parameter.grad = None
+        optimizer.backward(matrix_losses(matrix, parameter, log_transform))
+    return parameter.grad, optimizer.last_balance
 
 
 # ------------------------------------------------- losses that are not usable

@@ -1,6 +1,6 @@
 """One process of test_compiled.py: trains a compiled network and prints how far it is from the eager one.
 
-Usage: python compiled_program.py PART WHEN FORM... Prints a JSON object for each form: the largest relative error of a
+Usage: python compiled_program.py PART,WHEN,FORM... Prints a JSON object for each: the largest relative error of a
 parameter after three steps, or the error that was raised and whether anything was changed by then.
 """
 
@@ -9,26 +9,10 @@ import sys
 
 import torch
 import torch._functorch.config
+from networks import Normed
 from torch import nn
 
 from balanced_optim import DualBalancedOptimizer
-
-
-class Net(nn.Module):
-    """Layer norms and GELUs, whose backward passes want what the forward passes saved."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        blocks = [nn.Sequential(nn.LayerNorm(32), nn.Linear(32, 32), nn.GELU()) for _ in range(2)]
-        self.trunk = nn.Sequential(nn.Linear(16, 32), *blocks)
-        self.heads = nn.ModuleList([nn.Linear(32, 1) for _ in range(3)])
-
-    def from_features(self, features):
-        return [(head(features) - 1).square().mean() for head in self.heads]
-
-    def losses(self, x):
-        return self.from_features(self.trunk(x))
 
 
 def remedy():
@@ -60,8 +44,12 @@ def train(net, function, form, sizes):
 
 
 def outcome(part, when, form):
-    net, eager = Net(), Net()
+    net, eager = Normed(), Normed()
     dynamic = when == "remedy"
+    if when == "remedy":
+        remedy()
+    if when == "half a remedy":
+        torch._functorch.config.donated_buffer = False
     sizes = [8, 12, 20] if dynamic else [8, 8, 8]
     function = compiled(net, part, dynamic or None)
     if when in ("ordinary", "late", "reset"):
@@ -83,12 +71,8 @@ def outcome(part, when, form):
     return {"distance": max(((a - b).norm() / b.norm()).item() for a, b in pairs)}
 
 
-def main(part, when, *forms):
-    if when == "remedy":
-        remedy()
-    if when == "half a remedy":
-        torch._functorch.config.donated_buffer = False
-    print(json.dumps([outcome(part, when, form) for form in forms]))
+def main(*cases):
+    print(json.dumps([outcome(*case.split(",")) for case in cases]))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import json
 
 import pytest
 import torch
+from networks import Net
 from processes import processes  # noqa: F401
-from torch import nn
 
 from balanced_optim import DualBalancedOptimizer
 
@@ -29,30 +29,6 @@ if hasattr(torch.optim, "Muon"):
 every_base = pytest.mark.parametrize("base", BASES)
 
 
-class Net(nn.Module):
-    """A trunk and one linear head a task; `extra` belongs to the trunk and is used by the last task only."""
-
-    def __init__(self, tasks=2, bias=True, extra=False, seed=0):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.trunk = nn.Sequential(nn.Linear(4, 6, bias=bias), nn.Tanh())
-            self.heads = nn.ModuleList(nn.Linear(6, 1, bias=bias) for _ in range(tasks))
-            if extra:
-                self.trunk.register_parameter("extra", nn.Parameter(torch.randn(6)))
-
-    def forward(self, x):
-        features = self.trunk[1](self.trunk[0](x))
-        last = features * self.trunk.extra if hasattr(self.trunk, "extra") else features
-        inputs = [features] * (len(self.heads) - 1) + [last]
-        return [head(given) for head, given in zip(self.heads, inputs, strict=True)]
-
-    def losses(self, seed=0):
-        """Task losses on the batch number `seed`, each on a scale of its own."""
-        x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
-        return [10.0**task * (output - 1).square().mean() for task, output in enumerate(self(x))]
-
-
 def header_of(state):
     """The method's numbers (tasks, counts, schedule) in a state dict, or in that of an optimizer."""
     state = state.state_dict() if isinstance(state, torch.optim.Optimizer) else state
@@ -65,9 +41,9 @@ def build_plain(base="adam", **net_options):
     return net, BASES[base](net.parameters())
 
 
-def build(base="adam", *, tasks=2, extra=False, seed=0, **options):
+def build(base="adam", *, tasks=2, side=False, seed=0, **options):
     """A network and a balanced optimizer of all its parameters."""
-    net, plain = build_plain(base, tasks=tasks, extra=extra, seed=seed)
+    net, plain = build_plain(base, tasks=tasks, side=side, seed=seed)
     return net, DualBalancedOptimizer(plain, net.trunk, **options)
 
 
@@ -112,6 +88,38 @@ def assert_same(actual, expected, where="value"):
             assert_same(one, other, f"{where}[{index}]")
     else:
         assert actual == expected, where
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="where networks, data and the oracle are, such as cuda")
+
+
+def pytest_collection_modifyitems(items):
+    """Benchmarks choose their device themselves."""
+    for item in items:
+        names = [
+            str(getattr(value, "__module__", "")) for value in vars(getattr(item, "module", None) or item).values()
+        ]
+        if any(name.startswith("benchmarks") for name in names):
+            item.add_marker(pytest.mark.cpu)
+
+
+@pytest.fixture
+def device(request):
+    """The device's name; that of a CPU for tests that are marked as being about CPUs."""
+    return "cpu" if request.node.get_closest_marker("cpu") else request.config.getoption("--device")
+
+
+@pytest.fixture(autouse=True)
+def default_device(device):
+    """Networks and data are made there."""
+    if device == "cpu":
+        yield
+        return
+    before = torch.get_default_device()
+    torch.set_default_device(device)
+    yield
+    torch.set_default_device(before)
 
 
 @pytest.fixture

@@ -5,37 +5,18 @@ from contextlib import nullcontext
 
 import numpy as np
 import pytest
-import reference
 import torch
 from cases import with_value
 from conftest import assert_same, header_of, named, snapshot
+from devices import generator
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
+from networks import Branches
+from oracle import Oracle
 
 from balanced_optim import DualBalancedOptimizer
 
 TASKS, ROWS = 3, 12
-
-
-class Net(nn.Module):
-    """Tasks 0 and 1 go through `first`, task 2 through `second`, all through `last`; tasks 0 and 1 share a head."""
-
-    def __init__(self, large):
-        super().__init__()
-        torch.manual_seed(0)
-        self.copies = {"first": 4096, "second": 512} if large else {"first": 1, "second": 1}  # 2^17, 2^14 weights
-        self.trunk = nn.ModuleDict({name: nn.Linear(4 * copies, 8) for name, copies in self.copies.items()})
-        self.trunk["last"] = nn.Linear(8, 6)
-        self.heads = nn.ModuleList(nn.Linear(6, 2) for _ in range(TASKS))
-        self.double()
-
-    def forward(self, x):
-        """For each task the losses of the samples."""
-        inputs = [(self.trunk[name], x.repeat(1, copies) / copies**0.5) for name, copies in self.copies.items()]
-        first, second = [self.trunk["last"](layer(wide).tanh()).tanh() for layer, wide in inputs]
-        outputs = [self.heads[0](first), self.heads[0](first.sin()) + self.heads[1](first), self.heads[2](second)]
-        return [10.0 ** (task - 1) * (output - 0.5).square().sum(1) for task, output in enumerate(outputs)]
 
 
 def mean_losses(net, x, labels):
@@ -73,9 +54,9 @@ SPLITS = {
 def data(split, seed):
     """Samples, which of them have a label for which task, cuts, form."""
     cuts, form, absent = SPLITS[split]
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(ROWS, 4, generator=generator, dtype=torch.float64)
-    labels = torch.rand(TASKS, ROWS, generator=generator) < (0.7 if form in ("sequence", "mapping") else 2)
+    source = generator(seed)
+    x = torch.randn(ROWS, 4, generator=source, dtype=torch.float64)
+    labels = torch.rand(TASKS, ROWS, generator=source) < (0.7 if form in ("sequence", "mapping") else 2)
     for part, rows in enumerate(torch.arange(ROWS).tensor_split(cuts)):
         for task in absent(seed, part):
             labels[task, rows] = False
@@ -100,45 +81,18 @@ SETTINGS = {
 }
 
 
-class OneBackward(reference.Reference):
-    """The one-backward form: `Reference` on the subset for heads and norms, then autograd of the weighted sum."""
-
-    def __init__(self, base, trunk, subset, refresh_every=1, **options):
-        super().__init__(base, subset, **options)
-        self.trunk, self.every, self.stored, self.ages, self.seen = list(trunk), refresh_every, {}, {}, set()
-
-    def backward(self, losses):
-        present = {task: loss for task, loss in losses.items() if loss is not None}
-        measured = any(self.ages.get(task, self.every) >= self.every for task in present)
-        gradients, kept = [parameter.grad for parameter in self.trunk], (dict(self.ema), dict(self.count))
-        super().backward(losses)
-        self.stored |= self.norms if measured else {}
-        if not measured:
-            self.ema, self.count = kept
-        self.ages = {task: age + 1 for task, age in self.ages.items()} | (dict.fromkeys(present, 1) if measured else {})
-        self.norms = {task: self.stored[task] for task in present}
-        self.weights = reference.weights_of(self.norms, *self.rule)
-        if present:
-            values = [torch.log(loss + self.eps) if self.log_transform else loss for loss in present.values()]
-            total = sum(weight * value for weight, value in zip(self.weights.values(), values, strict=True))
-            found = torch.autograd.grad(total, self.trunk, allow_unused=True)
-            for parameter, before, new in zip(self.trunk, gradients, found, strict=True):
-                parameter.grad = before
-                if new is not None or parameter in self.seen:
-                    self.seen.add(parameter)
-                    reference.accumulate(parameter, torch.zeros_like(parameter) if new is None else new)
-
-
 def build(setting, oracle=False, **options):
     """A network and its optimizer, or an oracle that shares no code with it."""
     options = SETTINGS[setting] | options
-    net = Net(options.pop("large", False))
+    net = Branches(options.pop("large", False))
     base, trunk = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9), net.trunk.parameters()
     subset = [parameter for name in options.pop("norm_params", []) for parameter in net.trunk[name].parameters()]
     if not oracle:
         return net, DualBalancedOptimizer(base, trunk, norm_params=subset or None, **options)
     options.pop("ema_dtype", None)
-    return net, OneBackward(base, trunk, subset, **options) if subset else reference.Reference(base, trunk, **options)
+    form = "one backward" if subset else "exact"
+    every = options.pop("refresh_every", 1)
+    return net, Oracle(base, trunk, form=form, norm_params=subset, refresh_every=every, rule=options)
 
 
 FINISHES = {

@@ -16,11 +16,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def run(cache, part, when, forms=("exact",)):
-    """What the program printed for each form, run with the compiler's cache in the directory `cache`."""
+def run(cache, *cases):
+    """What one run of the program printed for each case, with the compiler's cache in the directory `cache`."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     finished = subprocess.run(
-        [sys.executable, str(PROGRAM), part, when, *forms],
+        [sys.executable, str(PROGRAM), *cases],
         env=environment,
         capture_output=True,
         text=True,
@@ -44,18 +44,18 @@ def are_right(outcomes):
     assert all(outcome["distance"] < 1e-5 for outcome in outcomes), outcomes
 
 
-def test_a_model_that_is_compiled_by_its_first_balanced_step_is_right(tmp_path):
-    are_right(run(tmp_path, "whole", "fresh"))
-
-
-def test_half_a_remedy_that_comes_too_late_is_noticed_before_anything_changes(tmp_path):
+def test_a_model_that_is_compiled_by_its_first_balanced_step_is_right_and_half_a_remedy_too_late_is_noticed(tmp_path):
     """Donation switched off after the backward was compiled: every second pass would be wrong without an error."""
-    are_told(run(tmp_path, "blocks", "late"), "another gradient when its graph is used a second time")
+    fresh, late = run(tmp_path, "whole,fresh,exact", "blocks,late,exact")
+    are_right([fresh])
+    are_told([late], "another gradient when its graph is used a second time")
 
 
 def test_what_an_ordinary_backward_compiled_is_refused_until_the_remedy(tmp_path):
     """Its kernels stay in the cache on disk, overwrite what the forward saved, and are found by later processes."""
-    are_told(run(tmp_path, "trunk", "ordinary"), "compiled for one backward pass a graph")
-    are_told(run(tmp_path, "trunk", "half a remedy", FORMS), "another gradient when its graph is used a second time")
-    are_right(run(tmp_path, "trunk", "remedy", ("exact", "accumulate")))
-    are_right(run(tmp_path, "trunk", "reset", ("one_backward",)))
+    refused, right = run(tmp_path, "trunk,ordinary,exact", "trunk,reset,one_backward")
+    are_told([refused], "compiled for one backward pass a graph")
+    are_right([right])
+    wrong = run(tmp_path, *(f"trunk,half a remedy,{form}" for form in FORMS))
+    are_told(wrong, "another gradient when its graph is used a second time")
+    are_right(run(tmp_path, "trunk,remedy,exact", "trunk,remedy,accumulate"))

@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 from conftest import assert_same, build, build_plain, every_base, header_of, snapshot, train
+from devices import generator, grad_scaler
 from torch.optim import Optimizer, lr_scheduler
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -210,7 +211,7 @@ def test_step_takes_a_closure(base, how):
 def test_grad_scaler_steps_and_skips(base):
     net, optimizer = build(base)
     twin, plain = build_plain(base)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=100)
+    scaler = grad_scaler(1024.0, growth_interval=100)
     for seed, factor in enumerate([1.0, float("inf"), 1.0]):
         optimizer.zero_grad()
         before = parameters_of(net)
@@ -406,15 +407,15 @@ def test_caller_under_no_grad(call):
 
 def test_two_optimizers_in_one_loop():
     """Adversarial training: the generator's losses run through the critic, which has an optimizer of its own."""
-    generator, make = build("adam")
+    source, make = build("adam")
     critic, judge = build("sgd")
     for seed in range(3):
-        noise = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
-        fake = torch.cat(generator(noise) * 2, dim=1)
-        before = snapshot(generator, make)
+        noise = torch.randn(8, 4, generator=generator(seed))
+        fake = torch.cat(source(noise) * 2, dim=1)
+        before = snapshot(source, make)
         judge.zero_grad()
         judge.step([(output - 0.5).square().mean() for output in critic(fake.detach())])
-        assert_same(snapshot(generator, make), before)
+        assert_same(snapshot(source, make), before)
 
         before = snapshot(critic, judge)["parameters"], judge.last_balance
         make.zero_grad()

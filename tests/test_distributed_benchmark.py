@@ -22,6 +22,8 @@ from benchmarks import distributed, distributed_ranks
 from benchmarks.distributed_costs import SENT, Sent, Size, control, describe_expectations, expectations, seconds, sent
 from benchmarks.distributed_steps import BALANCED, COUNTED, FORMS
 
+pytestmark = pytest.mark.cpu  # processes talk over gloo
+
 ROOT = Path(__file__).parents[1]
 SIZE = Size(tasks=3, shared=1000, heads=100, measured=10, tensors=9)
 # On 4 ranks, in bytes: a gathering of 196 float64 and one of a norm and a flag, an all-reduce of 10 int32.

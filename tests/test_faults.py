@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BadGradient, one_thread, with_value  # noqa: F401
-from conftest import Net, assert_same, named, snapshot
-from torch.nn import functional
+from conftest import assert_same, named, snapshot
+from devices import generator, grad_scaler
+from networks import Net
 
 import balanced_optim
 from balanced_optim import DualBalancedOptimizer
@@ -37,17 +38,9 @@ FORMS = {
 PACKAGE = Path(balanced_optim.__file__).parent
 
 
-@pytest.fixture(autouse=True)
-def averages_during_the_pass(request, monkeypatch):
-    """In the form "large" all parameters count as large ones, whose averages are made while the pass runs."""
-    if hasattr(request.node, "callspec") and request.node.callspec.params.get("form") == "large":
-        monkeypatch.setattr("balanced_optim._gradient_buffer._ALONE", 1)
-        monkeypatch.setattr("balanced_optim._gradient_buffer._LARGE", 1)
-
-
 def make(form, seed=0, **options):
     """A network and its optimizer; with one backward, norms are measured on the trunk's weight only."""
-    net = Net(tasks=TASKS, seed=seed)
+    net = Net(TASKS, (4, 2**15) if form == "large" else (4, 6), seed=seed)
     if form in ("one backward", "refresh"):
         options["norm_params"] = [net.trunk[0].weight]
     base = torch.optim.SGD(net.parameters(), lr=0.01, momentum=0.9)
@@ -56,18 +49,14 @@ def make(form, seed=0, **options):
 
 def losses_of(net, seed, task=None, place=None, value=math.nan):
     """Task losses of a seeded batch; `value` is the loss of `task`, or its gradient at `place`."""
-    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))
-    weight, bias = net.trunk[0].weight, net.trunk[0].bias
-    losses = []
-    for number, head in enumerate(net.heads):
-        spoil = lambda tensor, where, bad=number == task: (  # noqa: E731
-            BadGradient.apply(tensor, value) if bad and where == place else tensor
-        )
-        features = net.trunk[1](functional.linear(x, weight, spoil(bias, "below")))
-        out = functional.linear(spoil(features, "trunk"), spoil(head.weight, "head"), head.bias)
-        loss = 10.0**number * ((out - 1).square().mean() + 0.1)
-        losses.append(with_value(loss, value) if number == task and place == "loss" else loss)
-    return losses
+
+    def at(where, number, tensor):
+        return BadGradient.apply(tensor, value) if (where, number) == (place, task) else tensor
+
+    losses = [loss + 10.0**number * 0.1 for number, loss in enumerate(net.losses(seed, at))]
+    return [
+        with_value(loss, value) if (number, place) == (task, "loss") else loss for number, loss in enumerate(losses)
+    ]
 
 
 def train(net, optimizer, seeds, form=list):
@@ -195,7 +184,7 @@ def fail_in_hook(net, hook, failing, error, call):
             raise error("from a hook")
 
     handle = HOOKS[hook](net, fail)
-    features = net.trunk(torch.randn(8, 4, generator=torch.Generator().manual_seed(50)))
+    features = net.trunk(torch.randn(8, 4, generator=generator(50)))
     losses = [10.0**task * (head(features) - 1).square().mean() for task, head in enumerate(net.heads)]
     with pytest.raises(error, match="from a hook"):
         call(losses)
@@ -213,7 +202,7 @@ def test_an_exception_between_two_passes_leaves_everything_whole(form, done, fai
     train(net, optimizer, range(done))
     fill(net)
     before = snapshot(net, optimizer)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0) if scaled else None
+    scaler = grad_scaler(1024.0) if scaled else None
     fail_in_hook(net, hook, failing, error, lambda losses: optimizer.backward(losses, scaler))
     measured = form != "refresh" or done == 3
     moved = range(min(failing, TASKS)) if done and measured and not scaled else []

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from networks import Blocks as Net
 from torch import nn
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.state_dict import (
@@ -23,46 +24,15 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.utils._pytree import tree_map
-from torch.utils.checkpoint import checkpoint
 
 from balanced_optim import DualBalancedOptimizer
+
+pytestmark = pytest.mark.cpu  # processes talk over gloo
 
 TASKS, ROWS, STEPS = 3, 12, 4
 
 
 # ------------------------------------------------- a network, its batches, one process
-
-
-class Block(nn.Module):
-    """A layer of the trunk, with or without an activation checkpoint in it."""
-
-    def __init__(self, before, after, reentrant):
-        super().__init__()
-        self.linear, self.reentrant = nn.Linear(before, after), reentrant
-
-    def forward(self, x):
-        if self.reentrant is None:
-            return self._layer(x)
-        return checkpoint(self._layer, x, use_reentrant=self.reentrant)
-
-    def _layer(self, x):
-        return self.linear(x).tanh()
-
-
-class Net(nn.Module):
-    """Two blocks and three heads. Four ranks divide none of the dimensions 30, 7 and 1, two only the first."""
-
-    def __init__(self, reentrant=None, seed=0, width=30):
-        super().__init__()
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            self.trunk = nn.Sequential(Block(5, width, reentrant), Block(width, 7, reentrant))
-            self.heads = nn.ModuleList(nn.Linear(7, 1) for _ in range(TASKS))
-        self.double()
-
-    def forward(self, x):
-        features = self.trunk(x)
-        return [head(features) for head in self.heads]
 
 
 def batch(step):
@@ -739,10 +709,6 @@ def no_group(net):
     return shard(net, Case()), {"process_group": None}
 
 
-def averages_sharded_twice(net):
-    return shard(net, Case()), {"shard_averages": True}
-
-
 def plain_heads(net):
     fully_shard(net.trunk)
     return net, {}
@@ -782,7 +748,6 @@ def first_step(rank, size, prepare, as_module):
     ("prepare", "message"),
     [
         (no_group, "process_group is needed where parameters are DTensors, got None"),
-        (averages_sharded_twice, "shard_averages must be False where FSDP2 shards the parameters"),
         (plain_heads, "must all be sharded or all be plain"),
         (a_plain_block, "must all be sharded or all be plain"),
         (plain_trunk, "must all be sharded or all be plain"),
@@ -855,7 +820,7 @@ def make(kind, case, seed=0):
     if kind == "fully_shard":
         return shard(net, case), net, balanced(net, case, process_group=dist.group.WORLD)
     ddp = nn.parallel.DistributedDataParallel(net)
-    return ddp, net, balanced(net, case, process_group=dist.group.WORLD, shard_averages=True)
+    return ddp, net, balanced(net, case, process_group=dist.group.WORLD)
 
 
 def go_on(module, net, optimizer, rank, size, steps):

@@ -5,17 +5,18 @@ import copy
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import Net
+from networks import Net
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from balanced_optim import DualBalancedOptimizer
 
+pytestmark = pytest.mark.cpu  # it chooses its devices itself
+
 RANKS = 2
 STEPS = 4
 FORMS = {
     "whole": {},
-    "sharded": {"shard_averages": True},
     "beta 0": {"beta": 0.0},
     "one backward": {"norm_params": True},
     "ignore": {"nonfinite": "ignore"},
@@ -41,12 +42,11 @@ def follow(rank, device, store):
         alone = train(copy.deepcopy(start), None, rank, options)
         replicas = copy.deepcopy(start)
         compare(train(replicas, DistributedDataParallel(replicas), rank, options), alone)
-        if "shard_averages" not in options:
-            shards = copy.deepcopy(start)
-            mesh = dist.device_mesh.init_device_mesh(device, (RANKS,))
-            for module in (shards.trunk[0], shards):
-                fully_shard(module, mesh=mesh)
-            compare(train(shards, shards, rank, options), alone)
+        shards = copy.deepcopy(start)
+        mesh = dist.device_mesh.init_device_mesh(device, (RANKS,))
+        for module in (shards.trunk[0], shards):
+            fully_shard(module, mesh=mesh)
+        compare(train(shards, shards, rank, options), alone)
     dist.destroy_process_group()
 
 
@@ -55,9 +55,7 @@ def train(net, call, rank, options):
     options = dict(options)
     if "norm_params" in options:
         options["norm_params"] = net.trunk[0]
-    if call is None:
-        options.pop("shard_averages", None)
-    else:
+    if call is not None:
         options["process_group"] = dist.group.WORLD
     optimizer = DualBalancedOptimizer(torch.optim.Adam(net.parameters(), lr=0.01), net.trunk, **options)
     for step in range(STEPS):

@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_same, header_of, snapshot
+from devices import array
+from networks import Graph
+from oracle import Oracle
 from torch import nn
-from torch.nn import functional
-from torch.utils.checkpoint import checkpoint
 
 from balanced_optim import DualBalancedOptimizer
 
@@ -23,164 +24,12 @@ BASES = {
 }
 
 
-class Oracle:
-    """The form as a textbook writes it: logarithms are built, every gradient is asked for by itself."""
-
-    def __init__(
-        self,
-        shared,
-        subset,
-        others,
-        *,
-        beta=0.9,
-        beta_decay=0.5,
-        eps=1e-8,
-        log_transform=True,
-        norm_target="max",
-        max_weight=None,
-        task_weights=None,
-        refresh_every=1,
-        fade_solved=False,
-    ):
-        self.fade_solved = fade_solved
-        self.shared, self.subset, self.others = list(shared), list(subset), list(others)
-        self.beta, self.beta_decay, self.eps, self.log = beta, beta_decay, eps, log_transform
-        self.target, self.cap, self.priorities, self.every = norm_target, max_weight, task_weights, refresh_every
-        self.ema, self.count, self.stored, self.reached = {}, {}, {}, set()
-        self.age = {}
-        self.norms, self.weights = {}, {}
-
-    def backward(self, losses):
-        present = {task: loss for task, loss in enumerate(losses) if loss is not None}
-        values = {task: torch.log(loss + self.eps) if self.log else loss for task, loss in present.items()}
-        measured = any(task not in self.count or self.age[task] >= self.every for task in present)
-        inputs = self.others + (self.subset if measured else [])
-        for task, value in values.items():
-            found = torch.autograd.grad(value, inputs, retain_graph=True, allow_unused=True)
-            self.add(self.others, found[: len(self.others)])
-            if measured:
-                self.measure(task, found[len(self.others) :])
-        self.age = {task: age + 1 for task, age in self.age.items()} | ({t: 1 for t in present} if measured else {})
-        self.norms = {task: self.stored[task] for task in present}
-        self.losses = {task: loss.item() for task, loss in present.items()}
-        self.weights = {task: self.weight(task) for task in present}
-        if values:
-            joint = sum(self.weights[task] * value for task, value in values.items())
-            gradients = torch.autograd.grad(joint, self.shared, allow_unused=True)
-            self.reached |= {i for i, gradient in enumerate(gradients) if gradient is not None}
-            zeros = [torch.zeros_like(p) if i in self.reached else None for i, p in enumerate(self.shared)]
-            self.add(self.shared, [z if g is None else g for g, z in zip(gradients, zeros, strict=True)])
-
-    def measure(self, task, found):
-        pairs = zip(found, self.subset, strict=True)
-        g = torch.cat([(torch.zeros_like(p) if gradient is None else gradient).flatten() for gradient, p in pairs])
-        k = self.count[task] = self.count.get(task, 0) + 1
-        beta = self.beta / k**self.beta_decay
-        self.ema[task] = beta * self.ema.get(task, torch.zeros_like(g)) + (1 - beta) * g
-        self.stored[task] = float(self.ema[task].norm())
-
-    def weight(self, task):
-        rule = {"max": max, "min": min, "mean": np.mean, "median": np.median, None: lambda norms: self.norms[task]}
-        weight = float(rule[self.target](list(self.norms.values()))) / self.norms[task]
-        if self.fade_solved:
-            weight *= self.losses[task] / (self.losses[task] + self.eps)
-        weight = weight if self.cap is None else min(weight, self.cap)
-        return weight if self.priorities is None else weight * self.priorities[task]
-
-    @staticmethod
-    def add(parameters, gradients):
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient.clone() if parameter.grad is None else parameter.grad + gradient
-
-
-def batch(seed, dtype):
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(8, size, generator=generator).to(dtype) for size in (4, TASKS))
-
-
-class Graph(nn.Module):
-    """A trunk `lower`, `upper` and three heads, with one peculiarity, `kind`; norms are measured on `upper`."""
-
-    def __init__(self, kind="plain", dtype=torch.float64):
-        super().__init__()
-        self.kind = kind
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(len(kind))
-            self.lower = nn.GRU(4, 6, batch_first=True) if kind == "recurrent" else nn.Linear(4, 6)
-            self.side = nn.Linear(6, 6)
-            self.batch_norm = nn.BatchNorm1d(6)
-            self.middle = nn.Linear(6, 6)
-            self.upper = nn.Linear(6, 6)
-            self.pair = nn.Linear(6, 6)
-            self.heads = nn.ModuleList(nn.Linear(6, 1) for _ in range(TASKS))
-            self.outside = nn.Parameter(torch.ones(6))
-        self.poison = None
-        self.to(dtype)
-
-    @property
-    def shared(self):
-        layers = [self.lower, self.middle, self.upper]
-        layers += {"partly shared": [self.side], "batch norm": [self.batch_norm]}.get(self.kind, [])
-        return [parameter for layer in layers for parameter in layer.parameters()]
-
-    @property
-    def others(self):
-        shared = {id(parameter) for parameter in self.shared}
-        return [parameter for parameter in self.parameters() if id(parameter) not in shared]
-
-    @property
-    def trained(self):
-        return [parameter for parameter in self.parameters() if parameter is not self.outside]
-
-    def bad(self, tensor, where):
-        """The tensor, with a gradient of NaN where that is the poisoned place."""
-        if self.poison == where:
-            tensor = tensor * 1
-            tensor.register_hook(lambda gradient: gradient * math.nan)
-        return tensor
-
-    def bottom(self, x):
-        hidden = self.lower(x.unflatten(1, (1, 4)))[0][:, 0] if self.kind == "recurrent" else self.lower(x)
-        hidden = self.batch_norm(hidden) if self.kind == "batch norm" else hidden
-        return self.bad(self.middle(torch.tanh(hidden)), "below")
-
-    def features(self, x):
-        if self.kind.endswith("reentrant"):
-            hidden = checkpoint(self.bottom, x.requires_grad_(), use_reentrant=self.kind == "reentrant")
-        else:
-            hidden = self.bottom(x)
-        if self.kind == "dropout":
-            hidden = functional.dropout(hidden, 0.4)
-        self.seen_below, self.seen = hidden, self.bad(torch.tanh(self.upper(torch.tanh(hidden))), "trunk")
-        return self.seen
-
-    def losses(self, seed=0):
-        x, y = batch(seed, self.upper.weight.dtype)
-        if self.kind == "dropout":
-            torch.manual_seed(seed)
-        if self.kind == "several inputs":
-            inputs = [self.features(x + task) for task in range(TASKS)]
-        else:
-            inputs = [self.features(x)] * TASKS
-        if self.kind == "partly shared":
-            inputs[1:] = [each + torch.tanh(self.side(each)) for each in inputs[1:]]
-        if self.kind == "head of two tasks":
-            inputs[:2] = [self.pair(inputs[0])] * 2
-        if self.kind == "outside":
-            inputs[1:] = [each * self.outside for each in inputs[1:]]
-        outputs = [head(each)[:, 0] for head, each in zip(self.heads, inputs, strict=True)]
-        outputs[1] = self.bad(outputs[1], "head")
-        losses = [8.0 ** (task - 1) * (output - y[:, task]).square().mean() for task, output in enumerate(outputs)]
-        if self.kind == "tied":
-            losses[2] = (functional.linear(inputs[2], self.lower.weight.t()) - x).square().mean()
-        return losses
-
-    def __getstate__(self):
-        return {**super().__getstate__(), "seen": None, "seen_below": None}  # graphs are not copied
-
-    def grads(self):
-        return {name: parameter.grad for name, parameter in self.named_parameters()}
+def textbook(net, subset=None, base="sgd", lr=0.01, refresh_every=1, **rule):
+    subset = list(net.upper.parameters()) if subset is None else subset
+    own = {id(parameter) for parameter in net.trained}
+    outside = [parameter for parameter in net.others if id(parameter) not in own]
+    options = {"norm_params": subset, "refresh_every": refresh_every, "outside": outside}
+    return Oracle(BASES[base](net.trained, lr), net.shared, form="one backward", rule=rule, **options)
 
 
 def wrap(net, base="adam", subset=None, lr=0.01, **options):
@@ -220,10 +69,9 @@ def assert_near(actual, expected, rtol, step):
 
 
 def assert_balance(balance, oracle, rtol):
-    norms = [oracle.norms.get(task, math.nan) for task in range(TASKS)]
-    weights = [oracle.weights.get(task, 0.0) for task in range(TASKS)]
-    np.testing.assert_allclose(balance.norms.double().numpy(), norms, rtol=rtol)
-    np.testing.assert_allclose(balance.weights.double().numpy(), weights, rtol=rtol)
+    found = (balance.losses, balance.norms, balance.weights)
+    for one, expected in zip(found, oracle.balance(range(TASKS)), strict=True):
+        np.testing.assert_allclose(array(one.double()), expected, rtol=rtol)
 
 
 def assert_separate(parameters):
@@ -271,19 +119,18 @@ def test_fifty_steps_agree_with_the_oracle(setting, every, subset, base, dtype):
     net = Graph(dtype=dtype)
     slow = copy.deepcopy(net).double()
     optimizer = wrap(net, base, SUBSETS[subset](net), lr=lr, refresh_every=every, **setting)
-    oracle = Oracle(slow.shared, SUBSETS[subset](slow), slow.others, refresh_every=every, **setting)
-    slow_base = BASES[base](slow.trained, lr)
+    oracle = textbook(slow, SUBSETS[subset](slow), base, lr, every, **setting)
     for seed in range(50):
         optimizer.zero_grad()
-        slow_base.zero_grad()
+        oracle.zero_grad()
         if dtype is torch.float32:  # the same numbers, rounded, for both
             slow.load_state_dict(net.state_dict())
         optimizer.backward(some(net.losses(seed), seed))
-        oracle.backward(some(slow.losses(seed), seed))
+        oracle.backward(dict(enumerate(some(slow.losses(seed), seed))))
         assert_balance(optimizer.last_balance, oracle, rtol)
         assert_near(net.grads(), slow.grads(), rtol, seed)
         optimizer.step()
-        slow_base.step()
+        oracle.step()
     if dtype is torch.float64:
         assert_near(net.state_dict(), slow.state_dict(), rtol, "last")
 
@@ -306,10 +153,10 @@ def test_an_empty_batch_does_not_put_off_the_next_measurement(empty):
     """Norms are never older than `refresh_every` steps, apart from steps that brought nothing to measure."""
     net, optimizer = build(refresh_every=3)
     slow = copy.deepcopy(net)
-    oracle = Oracle(slow.shared, slow.upper.parameters(), slow.others, refresh_every=3)
+    oracle = textbook(slow, refresh_every=3)
     for seed in range(9):  # gradients only: the parameters stay
         optimizer.backward(net.losses(seed) if seed != empty else [None] * TASKS)
-        oracle.backward(slow.losses(seed) if seed != empty else [None] * TASKS)
+        oracle.backward(dict(enumerate(slow.losses(seed))) if seed != empty else {})
         assert_balance(optimizer.last_balance, oracle, 1e-8)
     assert_near(net.grads(), slow.grads(), 1e-9, "last")
 
@@ -340,22 +187,21 @@ def test_any_graph_agrees_with_the_oracle(kind, every):
     net, optimizer = build(kind, base="sgd", refresh_every=every)
     slow = copy.deepcopy(net)
     slow.kind = "plain" if kind == "non-reentrant" else kind
-    oracle = Oracle(slow.shared, slow.upper.parameters(), slow.others, refresh_every=every)
-    base = BASES["sgd"](slow.trained, 0.01)
+    oracle = textbook(slow, refresh_every=every)
     for seed in range(6):
         if seed % 2 == 0:
             optimizer.zero_grad()
-            base.zero_grad()  # leaves outside keep theirs
+            oracle.zero_grad()  # leaves outside keep theirs
         # The partly shared layer is reached by tasks 1 and 2 only, which the last steps lack.
         absent = seed == 3 or (kind == "partly shared" and seed > 3)
         form = (lambda losses: [losses[0], None, None]) if absent else (lambda losses: losses)
         optimizer.backward(form(net.losses(seed)))
-        oracle.backward(form(slow.losses(seed)))
+        oracle.backward(dict(enumerate(form(slow.losses(seed)))))
         assert_balance(optimizer.last_balance, oracle, 1e-8)
         assert_near(net.grads(), slow.grads(), 1e-9, seed)
         assert_separate(net.parameters())
         optimizer.step()
-        base.step()
+        oracle.step()
     assert_near(net.state_dict(), slow.state_dict(), 1e-9, "last")
     assert net.batch_norm.num_batches_tracked == (6 if kind == "batch norm" else 0)
     assert (net.outside.grad is not None) == (kind == "outside")
@@ -474,6 +320,7 @@ def spoil(losses, value):
 @PHASES
 @pytest.mark.parametrize("value", [math.nan, -1.0])
 @pytest.mark.parametrize("mode", ["raise", "skip", "ignore"])
+@pytest.mark.filterwarnings("ignore:the loss of task .* below -eps")
 def test_a_bad_loss_leaves_no_trace(mode, value, done):
     """What follows is what follows without the batch, or without the task ("ignore"), bit for bit."""
     net, optimizer = build(nonfinite=mode, refresh_every=3)

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Net, header_of, named
+from conftest import header_of, named
+from devices import generator, grad_scaler
+from networks import Net
 
 from balanced_optim import DualBalancedOptimizer
 
@@ -76,7 +78,7 @@ def use(net, optimizer, scaler, steps, rng, form):
 def test_memory_does_not_grow(form):
     rng, names = random.Random(0), named if form == "refresh" else list
     net, optimizer = make(form, nonfinite="skip")
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler = grad_scaler(1024.0)
     optimizer.step(names(net.losses()))
     sizes = []
     tracemalloc.start()
@@ -142,7 +144,7 @@ def watched_losses(net, seed=0):
         return torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor)
 
     with pack_into(in_trunk):
-        features = Node.apply(net.trunk(torch.randn(8, 4, generator=torch.Generator().manual_seed(seed))), nodes)
+        features = Node.apply(net.trunk(torch.randn(8, 4, generator=generator(seed))), nodes)
     with pack_into(in_heads):
         losses = [Node.apply((head(features) - 1).square().mean(), nodes) for head in net.heads]
     assert len(nodes) == TASKS + 1
@@ -152,7 +154,7 @@ def watched_losses(net, seed=0):
 
 WAYS = {
     "step": lambda optimizer, losses: optimizer.step(losses),
-    "scaler": lambda optimizer, losses: optimizer.backward(losses, torch.amp.GradScaler("cpu")),
+    "scaler": lambda optimizer, losses: optimizer.backward(losses, grad_scaler()),
     "accumulate": lambda optimizer, losses: optimizer.accumulate(losses),
 }
 every_way = pytest.mark.parametrize("way", WAYS)

@@ -29,7 +29,7 @@ def absent(losses, seed):
 
 
 def last_comes_late(losses, seed):
-    """The last task, the only one that reaches `extra`, is not there before batch 4."""
+    """The last task, the only one that reaches `side`, is not there before batch 4."""
     return [*losses[:-1], losses[-1] if seed >= 4 else None]
 
 
@@ -50,8 +50,8 @@ SETTINGS = {
     "absent-beta-0": ({"beta": 0.0}, absent),
     "bfloat16": ({"ema_dtype": torch.bfloat16}, as_list),
     "float64": ({"ema_dtype": torch.float64}, as_list),
-    "partly-reached": ({"extra": True}, as_list),
-    "partly-reached-late": ({"extra": True}, last_comes_late),
+    "partly-reached": ({"side": True}, as_list),
+    "partly-reached-late": ({"side": True}, last_comes_late),
 }
 every_setting = pytest.mark.parametrize("setting", SETTINGS)
 
@@ -331,14 +331,20 @@ MISFITS = {
         edit_header(tasks=["a", "b", "z"], named=True),
         r"tasks \['a', 'b', 'c'\], got the tasks \['a', 'b', 'z'\]",
     ),
-    "version": (lambda: build(tasks=3), 1, as_list, edit_header(version=99), r"version 2, got version 99; load it"),
-    "no-version": (lambda: build(tasks=3), 1, as_list, drop("version"), r"version 2, got version None"),
+    "version": (
+        lambda: build(tasks=3),
+        1,
+        as_list,
+        edit_header(version=99),
+        r"version 2 or 3, got version 99; load it",
+    ),
+    "no-version": (lambda: build(tasks=3), 1, as_list, drop("version"), r"version 2 or 3, got version None"),
     "no-header": (
         lambda: build(tasks=3),
         1,
         as_list,
         lambda state: state["param_groups"][0].update(balanced_optim=7),
-        r"version 2, got version None",
+        r"version 2 or 3, got version None",
     ),
     **{
         f"no-{name}": (lambda: build(tasks=3), 1, as_list, drop(name), rf"must hold \['{name}'\]")

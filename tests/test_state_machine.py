@@ -1,8 +1,9 @@
-"""Random programs of calls against a slow float64 model of the method that shares no code with the package.
+"""Random programs of calls against the float64 oracle.
 
 BALANCED_OPTIM_PROGRAMS=10000 runs that many programs, with a new seed each time.
 """
 
+import dataclasses
 import io
 import math
 import os
@@ -14,9 +15,10 @@ import pytest
 import torch
 from cases import BadGradient, one_thread, with_value  # noqa: F401
 from conftest import header_of
+from devices import array, generator, grad_scaler
 from hypothesis import HealthCheck, settings, stateful
 from hypothesis import strategies as st
-from reference import weights_of
+from oracle import Oracle
 
 from balanced_optim import DualBalancedOptimizer
 
@@ -28,9 +30,9 @@ SEEN = Counter()  # what the programs did, so that the test can tell that they d
 
 def network(tasks, seed=0):
     """Parameters by name: three shared ones, of which the last task alone uses `side`, and a head for each task."""
-    generator = torch.Generator().manual_seed(seed)
+    source = generator(seed)
     sizes = {"lower": (3, 4), "upper": (4, 4), "side": (4,)} | {f"head{task}": (4,) for task in range(tasks)}
-    draw = lambda size: torch.randn(size, generator=generator, dtype=torch.float64).requires_grad_()  # noqa: E731
+    draw = lambda size: torch.randn(size, generator=source, dtype=torch.float64).requires_grad_()  # noqa: E731
     return {name: draw(size) for name, size in sizes.items()}
 
 
@@ -42,7 +44,7 @@ def grow(net):
 
 def losses_of(net, seed, faults, limit=math.inf):
     """A loss a task, None for an absent one. `faults`: what is wrong with each; gradients of `limit` overflow."""
-    x = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    x = torch.randn(5, 3, generator=generator(seed), dtype=torch.float64)
     hidden, losses = torch.tanh(x @ net["lower"]), []
     for task, fault in enumerate(faults):
         poison = lambda tensor, place, fault=fault: BadGradient.apply(tensor, math.nan) if fault == place else tensor  # noqa: E731
@@ -56,136 +58,6 @@ def losses_of(net, seed, faults, limit=math.inf):
     return losses
 
 
-# ------------------------------------------------- the model: gradients are dictionaries by name
-
-
-class Gradients(dict):
-    """By name of the parameter; a name that is missing counts as zero."""
-
-    def __add__(self, other):
-        return Gradients({name: self.get(name, 0) + other.get(name, 0) for name in self | other})
-
-    def __mul__(self, factor):
-        return Gradients({name: gradient * factor for name, gradient in self.items()})
-
-    def only(self, names):
-        return Gradients({name: gradient for name, gradient in self.items() if name in names})
-
-    def zeros(self):
-        return Gradients({name: torch.zeros_like(gradient) for name, gradient in self.items()})
-
-    def finite(self):
-        return all(bool(gradient.isfinite().all()) for gradient in self.values())
-
-
-class Model:
-    """The method around a plain optimizer. A batch ends in None, "skip", "overflow" or (error, words)."""
-
-    def __init__(self, net, base, options):
-        self.net, self.base, self.o, self.tasks = net, base, options, range(options["tasks"])
-        self.counts, self.age, self.ema, self.reached = None, {}, {}, set()
-        self.zero_grad()
-        self.balance, self.moved = None, {}
-
-    def zero_grad(self, set_to_none=True):
-        self.micro, self.pending, self.skip = None, False, False
-        self.base.zero_grad(set_to_none)
-
-    def gradient(self, loss, start, names, scale):
-        leaves = [self.net[name] for name in names]
-        found = torch.autograd.grad(loss * start * (scale or 1), leaves, retain_graph=True, allow_unused=True)
-        return Gradients({n: g / (scale or 1) for n, g in zip(names, found, strict=True) if g is not None})
-
-    def accumulate(self, losses, samples, scale=None):
-        bad = [task for task in self.tasks if losses[task] is not None and not losses[task].isfinite()]
-        if bad and self.o["nonfinite"] == "raise":
-            return ValueError, f"loss of task '{self.o['names'][bad[0]]}'"
-        self.micro = self.micro or {task: [] for task in self.tasks}
-        for task, loss in enumerate(losses):
-            if loss is not None:
-                found = self.gradient(loss, samples, list(self.net), scale)
-                part = lambda start, names, found=found: found.only(names) * start  # noqa: E731
-                self.micro[task].append((samples, samples * loss.item(), part))
-        return None
-
-    def backward(self, losses, samples=1.0, scale=None):
-        o, total, self.mean, parts = self.o, {}, {}, {}
-        for task, loss in enumerate(losses):
-            part = lambda start, names, loss=loss: self.gradient(loss, samples * start, names, scale)  # noqa: E731
-            last = [] if loss is None else [(samples, samples * loss.item(), part)]
-            if each := (self.micro[task] if self.micro else []) + last:
-                counts, values, parts[task] = zip(*each, strict=True)
-                total[task], self.mean[task] = sum(counts), sum(values) / sum(counts)
-
-        def of_mean_loss(task, names, weight=1.0):
-            start = weight / total[task] / (self.mean[task] + o["eps"] if o["log_transform"] else 1.0)
-            return sum((part(start, names) for part in parts[task]), Gradients())
-
-        least = -o["eps"] if o["log_transform"] else -math.inf
-        fine = [task for task, value in self.mean.items() if least < value < math.inf]
-        bad = [task for task in self.mean if task not in fine]
-        if o["nonfinite"] != "ignore" and bad:
-            return self.refuse(ValueError, f"loss of task '{o['names'][bad[0]]}'", scale)
-        strict = scale is not None or o["nonfinite"] != "ignore"
-        heads, subset = [name for name in self.net if name not in SHARED], ["upper"] if o["joint"] else list(SHARED)
-        known = self.counts and all(self.counts[task] and self.age[task] < o["refresh_every"] for task in fine)
-        measured = not o["joint"] or not known
-        own, proposed, taken, combined = Gradients(), {}, [], Gradients()
-        for task in fine:
-            found = of_mean_loss(task, subset + heads if measured else heads)
-            if measured and not found.finite():
-                if strict:
-                    return self.refuse(RuntimeError, f"'{o['names'][task]}' must be finite", scale, proposed)
-                continue
-            if measured:
-                beta = o["beta"] / (1 + (self.counts[task] if self.counts else 0)) ** o["beta_decay"]
-                proposed[task] = self.ema.get(task, Gradients()) * beta + found.only(subset) * (1 - beta)
-            own += found.only(heads)
-            taken.append(task)
-        averages = {task: (self.ema | proposed)[task] for task in taken}
-        norms = {task: math.sqrt(sum(float(g.square().sum()) for g in averages[task].values())) for task in taken}
-        unsolved = (
-            {task: self.mean[task] / (self.mean[task] + o["eps"]) for task in taken} if o["fade_solved"] else None
-        )
-        weights = weights_of(norms, o["norm_target"], o["max_weight"], o["priorities"], unsolved)
-        for task, weight in weights.items():
-            combined += of_mean_loss(task, SHARED, weight) if o["joint"] else averages[task] * weight
-        if strict and not Gradients(own | combined).finite():  # one pass serves all tasks
-            return self.refuse(RuntimeError, "together must be finite", scale, proposed)
-        self.reached |= combined.keys()
-        combined = Gradients({name: self.net[name] for name in self.reached if taken}).zeros() + combined
-        for gradients in (own, combined):
-            for name, gradient in (gradients if gradients.finite() else gradients.zeros()).items():
-                old = self.net[name].grad
-                self.net[name].grad = gradient if old is None else old + gradient
-        self.counts = [count + (task in proposed) for task, count in enumerate(self.counts or [0] * len(self.tasks))]
-        self.age = {task: 1 if task in proposed else self.age.get(task, 0) + 1 for task in self.tasks}
-        self.ema |= proposed
-        self.record(norms, weights, False)
-        self.micro, self.pending, self.skip = None, True, False
-        return None
-
-    def refuse(self, error, words, scale, proposed=()):
-        """Nothing moves; without a scaler averages of tasks before the bad one may have taken the batch in."""
-        overflow = scale is not None and error is RuntimeError
-        if scale is None and self.counts:
-            self.moved = {task: proposed[task] for task in proposed if self.counts[task]}
-        if self.o["nonfinite"] == "raise" and not overflow:
-            return error, words
-        self.record({}, {}, True)
-        self.micro, self.skip = None, overflow or not self.pending
-        return "overflow" if overflow else "skip"
-
-    def record(self, norms, weights, skipped):
-        columns = (self.mean, math.nan), (norms, math.nan), (weights, 0.0)
-        self.balance = [[known.get(task, missing) for task in self.tasks] for known, missing in columns], skipped
-
-    def step(self):
-        if not self.skip:
-            self.base.step()
-        self.skip = self.pending = False
-
-
 # ------------------------------------------------- the programs
 
 
@@ -197,13 +69,13 @@ seeds, samples = st.integers(0, 30), one_of(1, 1, 2, 3)
 FAULTS = ["good"] * 12 + ["absent"] * 3 + ["nan", "inf", "negative", "trunk", "head", "below"]
 faults = st.lists(one_of(*FAULTS), min_size=4, max_size=4)
 METHOD = {"beta": one_of(0.0, 0.5, 0.9), "beta_decay": one_of(0.0, 0.5), "eps": one_of(1e-8, 0.1)}
-METHOD |= {"log_transform": one_of(True, True, False), "max_weight": one_of(None, None, 1.0, 2.0)}
-METHOD |= {"norm_target": one_of("max", "max", "mean", "median", "min", None)}
+METHOD |= {"log_transform": one_of(True, True, False, "some"), "max_weight": one_of(None, None, 1.0, 2.0)}
+METHOD |= {"norm_target": one_of("max", "max", "rms", "mean", "median", "min", 0.5, None)}
+METHOD |= {"norm_power": one_of(1.0, 1.0, 0.5, 0.0), "warmup_steps": one_of(0, 0, 3, 8)}
 METHOD |= {"fade_solved": one_of(False, False, True)}
-METHOD |= {"nonfinite": one_of("raise", "skip", "ignore")}
-OPTIONS = METHOD | {"tasks": st.integers(1, 4), "joint": st.booleans(), "refresh_every": st.integers(1, 3)}
+OPTIONS = METHOD | {"nonfinite": one_of("raise", "skip", "ignore")}
+OPTIONS |= {"tasks": st.integers(1, 4), "joint": st.booleans(), "refresh_every": st.integers(1, 3)}
 OPTIONS |= {"form": one_of("list", "mapping", "weights by name"), "adam": st.booleans()}
-OPTIONS |= {"vectorize": st.booleans()}
 OPTIONS |= {"priorities": one_of(None, None, (1.0, 0.5, 2.0, 1.0), (3.0, 1.0, 0.0, 1.0))}
 
 
@@ -219,10 +91,25 @@ class Programs(stateful.RuleBasedStateMachine):
     def start(self, o):
         tasks, self.by_name = o["tasks"], o["form"] == "weights by name"
         given = (o["priorities"] or (1.0,) * 4)[:tasks] if self.by_name or o["priorities"] else None
-        o["fade_solved"] &= o["log_transform"] and o["norm_target"] is not None
+        if o["norm_target"] is None:
+            o |= {"fade_solved": False, "norm_power": 1.0, "warmup_steps": 0}
+        if o["log_transform"] == "some":
+            # By position in a list of losses, else by name, where a name that is left out has the log.
+            named = {"t1": False} if tasks > 1 else {}
+            o["log_transform"] = [True, False, True, False][:tasks] if o["form"] == "list" else named
+        o["fade_solved"] &= o["log_transform"] is not False
         self.o = o | {"priorities": given, "names": [f"{'' if o['form'] == 'list' else 't'}{t}" for t in range(tasks)]}
-        net = network(tasks)
-        self.model = Model(net, base_of(net, o["adam"]), self.o)
+        self.mine = network(tasks)
+        rule = {name: o[name] for name in METHOD}
+        if isinstance(o["log_transform"], list):
+            rule["log_transform"] = dict(zip(self.o["names"], o["log_transform"], strict=True))
+        rule["task_weights"] = given and dict(zip(self.o["names"], given, strict=True))
+        form = {"form": "one backward", "norm_params": [self.mine["upper"]]} if o["joint"] else {}
+        form |= {"refresh_every": o["refresh_every"], "nonfinite": o["nonfinite"], "rule": rule}
+        shared = [self.mine[name] for name in SHARED]
+        self.model = Oracle(base_of(self.mine, o["adam"]), shared, **form)
+        # Whether a batch was taken in: it fixes the names of the tasks.
+        self.began = False
         self.wrap()
         SEEN["programs"] += 1
 
@@ -232,20 +119,21 @@ class Programs(stateful.RuleBasedStateMachine):
         shared = [self.net[name] for name in SHARED]
         form = {"norm_params": shared[1:2], "refresh_every": o["refresh_every"]} if o["joint"] else {}
         form["task_weights"] = dict(zip(o["names"], o["priorities"], strict=True)) if self.by_name else o["priorities"]
-        form |= {name: o[name] for name in METHOD} | {"vectorize": o["vectorize"] and not o["joint"]}
+        form |= {name: o[name] for name in METHOD} | {"nonfinite": o["nonfinite"]}
         self.optimizer = DualBalancedOptimizer(base_of(self.net, o["adam"]), shared, **form)
         self.scheduler = torch.optim.lr_scheduler.ExponentialLR(self.optimizer, 0.5)
-        if "late" in self.model.net:
+        if "late" in self.mine:
             self.optimizer.add_param_group(grow(self.net))
-        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)
+        self.scaler = grad_scaler(2.0**20)
 
     def losses(self, seed, faults, *limit):
-        """For the model, and for the package: a mapping leaves absent tasks out once it may."""
+        """For the oracle, and for the package: a mapping leaves absent tasks out once it may."""
         faults = faults[: self.o["tasks"]]
-        mine, given = (losses_of(net, seed, faults, *limit) for net in (self.model.net, self.net))
+        mine, given = (losses_of(net, seed, faults, *limit) for net in (self.mine, self.net))
+        mine = dict(zip(self.o["names"], mine, strict=True))
         if self.o["form"] == "list":
             return mine, given
-        known = self.by_name or self.model.counts or self.model.micro is not None
+        known = self.by_name or self.began or self.model.micro is not None
         return mine, {n: loss for n, loss in zip(self.o["names"], given, strict=True) if loss is not None or not known}
 
     def expect(self, outcome, call, step=False):
@@ -257,6 +145,7 @@ class Programs(stateful.RuleBasedStateMachine):
                 call()
             return False
         call()
+        self.began |= outcome is None and self.model.pending
         if step:
             self.model.step()
             self.stepped = True
@@ -276,13 +165,13 @@ class Programs(stateful.RuleBasedStateMachine):
         call = self.optimizer.step if stepping else self.optimizer.backward
         first = (lambda: given) if way == "closure" else given
         self.expect(self.model.backward(mine, samples), lambda: call(first, samples=samples), stepping)
-        for net in (self.net, self.model.net) if way == "clip" else ():
+        for net in (self.net, self.mine) if way == "clip" else ():
             torch.nn.utils.clip_grad_norm_(net.values(), 0.1)
 
     @stateful.rule()
     def step(self):
         waiting = self.model.micro is not None
-        outcome = self.model.backward([None] * self.o["tasks"]) if waiting else None
+        outcome = self.model.backward({}) if waiting else None
         self.expect(outcome, self.optimizer.step, step=True)
 
     @stateful.rule(seed=seeds, faults=faults, samples=samples)
@@ -320,8 +209,22 @@ class Programs(stateful.RuleBasedStateMachine):
     @stateful.precondition(lambda self: "late" not in self.net)
     @stateful.rule()
     def add_param_group(self):
-        self.model.base.add_param_group(grow(self.model.net))
+        self.model.base.add_param_group(grow(self.mine))
         self.optimizer.add_param_group(grow(self.net))
+
+    @stateful.rule(first=one_of(0.0, 1.0, 4.0))
+    def set_priorities(self, first):
+        weights = dict(zip(self.o["names"], [first, 0.5, 2.0, 1.0], strict=False))
+        self.model.rule = dataclasses.replace(self.model.rule, task_weights=weights)
+        self.optimizer.task_weights = weights if self.by_name else list(weights.values())
+
+    @stateful.rule()
+    def reset(self):
+        self.zero_grad()
+        self.model.reset_averages()
+        self.model.losses = None
+        self.optimizer.reset_averages()
+        self.began = False
 
     @stateful.rule(seed=seeds)
     def save_and_load(self, seed):
@@ -335,37 +238,44 @@ class Programs(stateful.RuleBasedStateMachine):
         for name, state in zip(names, states, strict=True):
             getattr(self, name).load_state_dict(state)
         self.model.zero_grad()
-        self.model.balance = None
+        self.model.losses = None
 
     @stateful.invariant()
-    def agrees_with_the_model(self):
-        model, state, nets = self.model, self.optimizer.state_dict(), (self.net, self.model.net)
+    def agrees_with_the_oracle(self):
+        model, state, nets = self.model, self.optimizer.state_dict(), (self.net, self.mine)
         assert_close(*nets)
         assert_close(*({name: p.grad for name, p in net.items() if p.grad is not None} for net in nets))
         rates = [[group["lr"] for group in each.param_groups] for each in (self.optimizer, model.base)]
         assert rates[0] == rates[1]
-        assert header_of(state)["counts"] == (model.counts or [])
-        capped = self.o["max_weight"] is not None and self.o["norm_target"] is not None
-        for task in model.tasks if model.counts else ():
-            rows = {name: state["state"][index].get(f"task_ema_{task}") for index, name in enumerate(self.net)}
-            rows = Gradients({name: row for name, row in rows.items() if row is not None})
-            assert bool(rows) == (self.o["beta"] > 0 or capped or self.o["joint"])
-            if rows and task in model.moved and torch.allclose(rows["upper"], model.moved[task]["upper"]):
-                model.ema[task] = model.moved[task]
-            assert_close(dict(rows), dict(rows.zeros() + model.ema.get(task, Gradients()).only(rows)))
+        names = self.o["names"]
+        assert header_of(state)["counts"] == ([model.count.get(name, 0) for name in names] if self.began else [])
+        for task, name in enumerate(names):
+            rows = {place: state["state"][index].get(f"task_ema_{task}") for index, place in enumerate(self.net)}
+            self.compare(name, {place: row for place, row in rows.items() if row is not None})
         model.moved = {}
         balance = self.optimizer.last_balance
-        assert (balance is None) == (model.balance is None)
+        assert (balance is None) == (model.losses is None)
         if balance is not None:
-            actual = np.stack([each.numpy() for each in (balance.losses, balance.norms, balance.weights)])
-            np.testing.assert_allclose(actual, model.balance[0], rtol=1e-7)
-            assert (list(balance.tasks), balance.skipped) == (self.o["names"], model.balance[1])
+            actual = np.stack([array(each) for each in (balance.losses, balance.norms, balance.weights)])
+            np.testing.assert_allclose(actual, model.balance(names), rtol=1e-7)
+            assert (list(balance.tasks), balance.skipped) == (names, model.skipped)
+
+    def compare(self, task, rows):
+        """A task's averages; after a batch that was refused they may be those that it would have had."""
+        model = self.model
+        assert bool(rows) or self.o["beta"] == 0 or not self.began
+        moved = model.moved.get(task)
+        if rows and moved is not None:
+            key = id(self.mine["upper"])
+            if torch.allclose(rows["upper"].flatten(), moved[key]):
+                model.ema[task] = moved
+        assert_close(rows, {place: model.average(task, self.mine[place]) for place in rows})
 
 
-@pytest.mark.filterwarnings("ignore:vectorize=True, but")
-def test_random_programs_agree_with_the_model():
+@pytest.mark.filterwarnings("ignore:the loss of task .* is .* below -eps")
+def test_random_programs_agree_with_the_oracle():
     SEEN.clear()
-    many = {"max_examples": PROGRAMS or 200, "stateful_step_count": 12, "derandomize": not PROGRAMS}
+    many = {"max_examples": PROGRAMS or 100, "stateful_step_count": 12, "derandomize": not PROGRAMS}
     quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
     stateful.run_state_machine_as_test(Programs, settings=settings(**many, **quiet))
     print(dict(SEEN))
