@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from benchmarks.distributed_costs import sent
-from benchmarks.distributed_steps import (
+from benchmarks.cost.distributed_costs import sent
+from benchmarks.cost.distributed_steps import (
     BALANCED,
     COUNTED,
     DIGITS,
@@ -84,7 +84,7 @@ class Traffic:
         shared, heads: n and h.
         measured: the loopback's count, headers and acknowledgements included: the least of all windows less the
             least of windows without a step. None where the ranks do not share a loopback, or nothing counts on it.
-        predicted: by `benchmarks.distributed_costs`, without headers.
+        predicted: by `benchmarks.cost.distributed_costs`, without headers.
         disturbance: what else went over the loopback in the busiest window without a step, by `measured`.
     """
 

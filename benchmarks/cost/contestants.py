@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from balanced_optim import DualBalancedOptimizer
-from benchmarks.trunks import MultiTaskModel
+from benchmarks.cost.trunks import MultiTaskModel
 
 Step = Callable[[], None]
 Build = Callable[[MultiTaskModel, Tensor, Tensor], Step]
