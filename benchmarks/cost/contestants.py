@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -16,9 +18,12 @@ Step = Callable[[], None]
 Build = Callable[[MultiTaskModel, Tensor, Tensor], Step]
 """Makes a step (forward, gradients, Adam) from a model, its inputs and labels of shape (T, N)."""
 
+WARM_UP = 3
+"""Eager steps before a capture."""
 
-def _adam(model: MultiTaskModel) -> torch.optim.Optimizer:
-    return torch.optim.Adam(model.parameters(), lr=1e-4, foreach=True)
+
+def _adam(model: MultiTaskModel, capturable: bool = False) -> torch.optim.Optimizer:
+    return torch.optim.Adam(model.parameters(), lr=1e-4, foreach=True, capturable=capturable)
 
 
 def floor(model: MultiTaskModel, x: Tensor, labels: Tensor) -> Step:
@@ -37,29 +42,61 @@ def floor(model: MultiTaskModel, x: Tensor, labels: Tensor) -> Step:
     return step
 
 
-def plain_sum(model: MultiTaskModel, x: Tensor, labels: Tensor) -> Step:
+def plain_sum(model: MultiTaskModel, x: Tensor, labels: Tensor, *, capturable: bool = False) -> Step:
     """The summed loss: one backward pass."""
-    optimizer = _adam(model)
+    optimizer = _adam(model, capturable)
 
     def step() -> None:
         optimizer.zero_grad()
-        torch.stack(model.losses(x, labels)).sum().backward()
+        torch.autograd.backward(torch.stack(model.losses(x, labels)).sum())
         optimizer.step()
 
     return step
 
 
-def balanced(model: MultiTaskModel, x: Tensor, labels: Tensor, *, one_backward: bool = False, **options: Any) -> Step:
+def balanced(
+    model: MultiTaskModel,
+    x: Tensor,
+    labels: Tensor,
+    *,
+    one_backward: bool = False,
+    capturable: bool = False,
+    **options: Any,
+) -> Step:
     """This library; `one_backward` measures norms on the trunk's last layer."""
     if one_backward:
         options["norm_params"] = model.last_shared_layer()
-    optimizer = DualBalancedOptimizer(_adam(model), model.trunk, **options)
+    optimizer = DualBalancedOptimizer(_adam(model, capturable), model.trunk, **options)
 
     def step() -> None:
         optimizer.zero_grad()
         optimizer.step(model.losses(x, labels))
 
     return step
+
+
+def captured(build: Build) -> Build:
+    """The step that `build` makes as one CUDA graph over static tensors; batches before the capture train."""
+
+    def build_captured(model: MultiTaskModel, x: Tensor, labels: Tensor) -> Step:
+        step = build(model, x, labels)
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+
+        def replay(_alive: Step = step) -> None:
+            # The default argument keeps all that the graph reads and writes alive as long as itself.
+            graph.replay()
+
+        return replay
+
+    return build_captured
 
 
 def by_hand(model: MultiTaskModel, x: Tensor, labels: Tensor) -> Step:
@@ -78,7 +115,7 @@ def by_hand(model: MultiTaskModel, x: Tensor, labels: Tensor) -> Step:
             found = torch.autograd.grad(loss, shared, retain_graph=True, allow_unused=True)
             filled = [torch.zeros_like(p) if g is None else g for p, g in zip(shared, found, strict=True)]
             rows.append(torch.cat([gradient.reshape(-1) for gradient in filled]))
-        torch.stack(losses).sum().backward(inputs=list(model.heads.parameters()))
+        torch.autograd.backward(torch.stack(losses).sum(), inputs=list(model.heads.parameters()))
         beta = 0.9 / count**0.5
         matrix = torch.stack(rows)
         average = (1 - beta) * matrix if average is None else beta * average + (1 - beta) * matrix
@@ -102,7 +139,7 @@ def torchjd(model: MultiTaskModel, x: Tensor, labels: Tensor, *, chunk: int | No
 
     def step() -> None:
         optimizer.zero_grad()
-        features = model.trunk(x)
+        features = model.features(x)
         losses = model.head_losses(features, labels)
         mtl_backward(losses, features=features, parallel_chunk_size=chunk)
         jac_to_grad(shared, Sum())
@@ -111,16 +148,47 @@ def torchjd(model: MultiTaskModel, x: Tensor, labels: Tensor, *, chunk: int | No
     return step
 
 
-CONTESTANTS: dict[str, Build] = {
-    "floor": floor,
-    "plain_sum": plain_sum,
-    "exact": balanced,
-    "beta0": partial(balanced, beta=0.0),
-    "exact_bf16_rows": partial(balanced, ema_dtype=torch.bfloat16),
-    "vectorized": partial(balanced, vectorize=True),
-    "one_backward": partial(balanced, one_backward=True),
-    "refreshed": partial(balanced, one_backward=True, refresh_every=8),
-    "by_hand": by_hand,
-    "torchjd_loop": partial(torchjd, chunk=1),
-    "torchjd_vmap": partial(torchjd, chunk=None),
+def balanced_capturable(model: MultiTaskModel, x: Tensor, labels: Tensor) -> Step:
+    """This library with the options that a graph can hold, not yet captured."""
+    return balanced(model, x, labels, capturable=True, nonfinite="ignore")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """Somebody who takes part.
+
+    Attributes:
+        build: makes the step.
+        cycle: steps in one turn, where some steps of a cycle are dearer than others; a time is that of a step on
+            average over the turn.
+        needs: "torchjd" or "cuda" where it cannot do without.
+    """
+
+    build: Build
+    cycle: int = 1
+    needs: str = ""
+
+
+CONTESTANTS: dict[str, Contestant] = {
+    "floor": Contestant(floor),
+    "plain_sum": Contestant(plain_sum),
+    "exact": Contestant(balanced),
+    "beta0": Contestant(partial(balanced, beta=0.0)),
+    "exact_bf16_rows": Contestant(partial(balanced, ema_dtype=torch.bfloat16)),
+    "one_backward": Contestant(partial(balanced, one_backward=True)),
+    "refreshed": Contestant(partial(balanced, one_backward=True, refresh_every=8), cycle=8),
+    "by_hand": Contestant(by_hand),
+    "torchjd_loop": Contestant(partial(torchjd, chunk=1), needs="torchjd"),
+    "torchjd_vmap": Contestant(partial(torchjd, chunk=None), needs="torchjd"),
+    "exact_captured": Contestant(captured(balanced_capturable), needs="cuda"),
+    "plain_sum_captured": Contestant(captured(partial(plain_sum, capturable=True)), needs="cuda"),
 }
+
+
+def able(names: Iterable[str], device: torch.device) -> tuple[list[str], dict[str, str]]:
+    """Those of the named contestants that can run here, and why the others cannot."""
+    missing = {"cuda": "needs a CUDA device"} if device.type != "cuda" else {}
+    if find_spec("torchjd") is None:
+        missing["torchjd"] = "torchjd is not installed"
+    left_out = {name: missing[CONTESTANTS[name].needs] for name in names if CONTESTANTS[name].needs in missing}
+    return [name for name in names if name not in left_out], left_out
