@@ -24,6 +24,7 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
+from benchmarks.cost.arguments import positive_int, trunk_name
 from benchmarks.cost.distributed_costs import EXPECTED_FORMS, EXPECTED_RANKS, describe_expectations
 from benchmarks.cost.distributed_ranks import Options, loopback_bytes, measure
 from benchmarks.cost.distributed_steps import BALANCED, COUNTED, DIGITS, FORMS
-from benchmarks.cost.trunks import TRUNKS
 from benchmarks.environment import describe_environment
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -75,7 +76,9 @@ def parse_arguments(arguments: Sequence[str] | None, ranks: int = 0) -> argparse
     """Read the command line and make the output directory; `ranks` where torchrun has started this process."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.distributed", description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", nargs="+", type=positive_int, help="numbers of processes (default: 1 2 4)")
-    parser.add_argument("--trunks", nargs="+", type=trunk_name, help=f"(default: {DIGITS} mlp1000)")
+    parser.add_argument(
+        "--trunks", nargs="+", type=partial(trunk_name, more=(DIGITS,)), help=f"(default: {DIGITS} mlp1000)"
+    )
     parser.add_argument("--tasks", type=positive_int, default=3, help=f"T of trunks other than {DIGITS} (default: 3)")
     parser.add_argument("--equal-steps", type=positive_int, help="steps compared with one process (default: 100)")
     parser.add_argument("--seconds", type=float, help="of turns for each trunk and size (default: 20)")
@@ -100,20 +103,6 @@ def parse_arguments(arguments: Sequence[str] | None, ranks: int = 0) -> argparse
     options.out = options.out or RESULTS / (f"{name}_quick" if quick else name)
     options.out.mkdir(parents=True, exist_ok=True)
     return options
-
-
-def positive_int(text: str) -> int:
-    """Check a count; an argparse type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def trunk_name(text: str) -> str:
-    """Check the name of a trunk; an argparse type."""
-    if text != DIGITS and text not in TRUNKS and not (text.startswith("mlp") and text[3:].isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be one of {DIGITS}, {', '.join(TRUNKS)} or mlpWIDTH, got {text!r}")
-    return text
 
 
 def options_of(chosen: argparse.Namespace) -> Options:

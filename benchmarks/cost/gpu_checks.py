@@ -18,6 +18,8 @@ from benchmarks.cost.trunks import build
 
 MEASURED = 9
 """Timings of each kernel; the lower quartile counts."""
+AHEAD = 20
+"""Copies that keep the device busy while the host enqueues what is measured."""
 PARAMETERS = 10
 """Tensors that the shared scalars are split into."""
 
@@ -119,27 +121,28 @@ def measure_bandwidth(device: torch.device, scalars: int, tasks: int = 3) -> lis
     weights = torch.ones(tasks, dtype=rows.norm_dtype, device=device)
     # Bytes a scalar: a copy reads and writes; an average reads g and the old row and writes the new one; the sum
     # reads T rows and writes one.
+    copy = partial(target.copy_, source)
     kernels: dict[str, tuple[Callable[[], Any], int]] = {
-        "copy": (partial(target.copy_, source), 8),
-        "average": (partial(take_in, rows, gradients, tasks), 12 * tasks),
+        "copy": (copy, 8),
+        "average": (partial(take_in, rows, gradients, terms_of(tasks, device)), 12 * tasks),
         "sum": (partial(rows.combine, weights), 4 * (tasks + 1)),
     }
     found = {}
     for name, (run, size) in kernels.items():
         run()
-        seconds = quartile([device_seconds(run, device) for _ in range(MEASURED)], 0.25)
+        seconds = quartile([device_seconds(run, device, copy) for _ in range(MEASURED)], 0.25)
         found[name] = size * scalars / seconds / 1e9
     return [
-        Bandwidth(name, store.__name__, scalars, tasks, round(speed, 2), round(speed / found["copy"], 4))
+        Bandwidth(name, type(rows).__name__, scalars, tasks, round(speed, 2), round(speed / found["copy"], 4))
         for name, speed in found.items()
     ]
 
 
-def take_in(rows: Any, gradients: Sequence[Tensor], tasks: int) -> None:
+def take_in(rows: Any, gradients: Sequence[Tensor], terms: Any) -> None:
     """One batch's averages, through the calls that a step makes."""
     one = import_module("balanced_optim._passes").Pass
-    rows.start(terms_of(tasks, rows.device))
-    for task in range(tasks):
+    rows.start(terms)
+    for task in range(len(terms.usable)):
         rows.add(one(task, gradients, {}))
 
 
@@ -161,14 +164,16 @@ def terms_of(tasks: int, device: torch.device) -> Any:
     return terms(**tensors, power=1.0, refuses=False)
 
 
-def device_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that the device is busy with it."""
+def device_seconds(run: Callable[[], Any], device: torch.device, before: Callable[[], Any]) -> float:
+    """Seconds that the device is busy with it; on a GPU it has `before` to do first, while the host runs ahead."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
         return time.perf_counter() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
+    for _ in range(AHEAD):
+        before()
     begin.record()
     run()
     end.record()

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.cost.arguments import positive_int, trunk_name
 from benchmarks.cost.contestants import CONTESTANTS, able
 from benchmarks.cost.gpu_report import run_report
 from benchmarks.cost.hardware import describe_hardware
 from benchmarks.cost.memory import Peak, measure_memory
 from benchmarks.cost.timing import Cell, race
-from benchmarks.cost.trunks import TINY, TRUNKS
 
 RESULTS = Path(__file__).parents[1] / "results"
 CPU_TRUNKS = ["small_mlp", "wide_mlp", "resnet18", "transformer", "many_small"]
@@ -80,21 +80,6 @@ def fill_in(options: argparse.Namespace) -> None:
         [name for name in CONTESTANTS if name in wanted], torch.device(options.device)
     )
     options.out = options.out or RESULTS / ("step_cost_quick" if quick else "step_cost")
-
-
-def positive_int(text: str) -> int:
-    """Check a count; an argparse type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def trunk_name(text: str) -> str:
-    """Check the name of a trunk; an argparse type."""
-    known = {*TRUNKS, *(f"tiny_{name}" for name in TINY)}
-    if text not in known and not (text.startswith("mlp") and text[3:].isdecimal()):
-        raise argparse.ArgumentTypeError(f"must be one of {', '.join(TRUNKS)} or mlpWIDTH, got {text!r}")
-    return text
 
 
 def measure(options: argparse.Namespace) -> None:
