@@ -1,6 +1,7 @@
 """The recipes run, and train exactly as a plain loop does. A framework that is absent skips its tests."""
 
 import ast
+import doctest
 import importlib
 import logging
 import math
@@ -505,3 +506,11 @@ def test_a_recipe_is_at_most_45_lines_of_its_framework_and_this_package(name):
     framework = {"fabric_recipe": "lightning"}.get(name, name.removesuffix("_recipe"))
     assert imported <= {framework, "balanced_optim", "torch", "transformers", *sys.stdlib_module_names}
     assert {"balanced_optim", "peft"} & imported
+
+
+def test_examples_beside_the_recipes_run():
+    if not hasattr(DualBalancedOptimizer, "reset_averages"):
+        pytest.skip("reset_averages is not there in this version")
+    page = Path(__file__).parents[1] / "benchmarks" / "recipes" / "README.md"
+    found = doctest.testfile(str(page), module_relative=False)
+    assert found.failed == 0 < found.attempted
