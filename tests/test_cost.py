@@ -84,6 +84,16 @@ def test_a_contestant_that_cannot_run_leaves_the_others_their_figures(monkeypatc
         timing.race("mlp8", 2, ["floor", "plain_sum"], 0.0, CPU)
 
 
+def test_an_error_is_told_with_the_one_that_it_hides():
+    try:
+        try:
+            raise ValueError("nonfinite must be 'ignore'\nunder capture")
+        finally:
+            raise RuntimeError("capture failed")
+    except RuntimeError as error:
+        assert timing.first_line(error) == "RuntimeError: capture failed (after ValueError: nonfinite must be 'ignore')"
+
+
 def test_a_turn_with_dearer_steps_is_a_whole_cycle():
     taken = []
     assert timing.seconds_of(lambda: taken.append(1), CPU, cycle=8) >= 0

@@ -99,8 +99,10 @@ def starters(
 
 
 def first_line(error: Exception) -> str:
-    """What went wrong, in a line."""
-    return f"{type(error).__name__}: {error}".split("\n")[0]
+    """What went wrong, in a line; the end of a capture hides behind its own error the one that broke it."""
+    said = f"{type(error).__name__}: {error}".split("\n")[0]
+    before = error.__context__
+    return f"{said} (after {first_line(before)})" if isinstance(before, Exception) else said
 
 
 def seconds_of(step: Step, device: torch.device, cycle: int = 1) -> float:
