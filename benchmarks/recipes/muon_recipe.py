@@ -1,7 +1,7 @@
 """Muon for the matrices of the shared part and AdamW for all else under one balance. Copy the class and the function.
 
 One balance needs one optimizer that holds every parameter: `Chain` makes one of several. Schedulers, checkpoints and
-`param_groups` work on it as on any other; the groups are those of its parts, in order.
+`param_groups` work on it as on any other; the groups are those of its parts, in order, and none may be added later.
 """
 
 from collections.abc import Callable
