@@ -37,7 +37,7 @@ from benchmarks.cost.arguments import positive_int, trunk_name
 from benchmarks.cost.distributed_costs import EXPECTED_FORMS, EXPECTED_RANKS, describe_expectations
 from benchmarks.cost.distributed_ranks import Options, loopback_bytes, measure
 from benchmarks.cost.distributed_steps import BALANCED, COUNTED, DIGITS, FORMS
-from benchmarks.environment import describe_environment
+from benchmarks.cost.hardware import describe_hardware
 
 RESULTS = Path(__file__).parents[1] / "results"
 
@@ -58,11 +58,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for run in runs:
         for part, found in run.items():
             records[part] += found
-    environment: dict[str, Any] = {**describe_environment(), "threads": options.threads, "backend": options.backend}
-    if options.backend == "nccl":
-        environment["device_name"] = torch.cuda.get_device_name()
+    hardware = describe_hardware(torch.device("cuda" if options.backend == "nccl" else "cpu"))
     result = {
-        "environment": environment,
+        "environment": hardware | {"threads": options.threads, "backend": options.backend},
         "settings": asdict(options),
         **records,
         "expected": describe_expectations(ratios(records["traffic"])),
