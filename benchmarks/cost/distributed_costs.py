@@ -15,6 +15,8 @@ SCALAR = 4
 """Bytes of a float32."""
 ROOM = 196
 """float64 numbers in the message with which every step begins, for up to 64 tasks."""
+FLAGS = 2
+"""Scalars at the end of a task's message: whether the rank failed, whether its heads are finite."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +74,13 @@ def _floor(size: Size, ranks: int) -> Sent:
     return size.tasks * all_reduce(SCALAR * size.shared, ranks) + all_reduce(SCALAR * size.heads, ranks)
 
 
-def _whole(size: Size, ranks: int) -> Sent:
-    return _floor(size, ranks) + control(size, ranks, size.tasks, closes=1)
-
-
-def _sharded(size: Size, ranks: int) -> Sent:
-    trunk = (size.tasks + 1) * part(SCALAR * size.shared, ranks)
-    return trunk + all_reduce(SCALAR * size.heads, ranks) + control(size, ranks, size.tasks, closes=1)
+def _exact(size: Size, ranks: int) -> Sent:
+    return meeting(ranks) + passes(size.tasks, size.shared, ranks) + heads(size, size.heads, ranks)
 
 
 def _one_backward(size: Size, ranks: int) -> Sent:
-    norms = size.tasks * all_reduce(SCALAR * size.measured, ranks)
-    joint = all_reduce(SCALAR * size.shared, ranks) + all_reduce(SCALAR * size.heads, ranks)
-    return norms + joint + control(size, ranks, size.tasks + 1, closes=2)
+    norms = passes(size.tasks, size.measured, ranks)
+    return meeting(ranks) + norms + passes(1, size.shared, ranks) + heads(size, size.heads, ranks)
 
 
 def _gathers(size: Size, ranks: int, passes: int) -> Sent:
@@ -102,31 +98,32 @@ def _fsdp2_plain(size: Size, ranks: int) -> Sent:
 
 
 def _fsdp2(size: Size, ranks: int) -> Sent:
+    """FSDP2 reduces gradients itself; a norm and a flag of each task are joint before its average is taken."""
     reduced = size.tasks * _reduce_scatter(size.shared, size, ranks) + _reduce_scatter(size.heads, size, ranks)
-    return _gathers(size, ranks, size.tasks) + reduced + control(size, ranks, size.tasks, closes=0)
+    norms = size.tasks * all_reduce(16, ranks)
+    return _gathers(size, ranks, size.tasks) + reduced + meeting(ranks) + norms + heads(size, 0, ranks)
 
 
-def control(size: Size, ranks: int, agreements: int, closes: int) -> Sent:
-    """Small messages that keep the ranks together.
+def meeting(ranks: int) -> Sent:
+    """What the ranks tell each other before the passes. An all-gather ends in R times the message on every rank."""
+    return part(8 * ROOM * ranks, ranks)
 
-    Args:
-        size: of the step.
-        ranks: R.
-        agreements: gatherings of one norm and one flag.
-        closes: exchanges of what failed and which parameters were reached, a 4-byte number for each parameter.
-    """
-    # Every rank keeps what it gathers from all, so an all-gather ends in R times the message.
-    meeting = part(8 * ROOM * ranks, ranks)
-    return meeting + agreements * part(16 * ranks, ranks) + closes * all_reduce(4 * (1 + size.tensors), ranks)
+
+def passes(count: int, scalars: int, ranks: int) -> Sent:
+    """Gradients of so many passes, the flags of what failed with each."""
+    return count * all_reduce(SCALAR * (scalars + FLAGS), ranks)
+
+
+def heads(size: Size, scalars: int, ranks: int) -> Sent:
+    """The message after the passes: gradients of heads, which parameters were reached, rank 0's norms."""
+    return all_reduce(SCALAR * (scalars + size.tensors + size.tasks), ranks)
 
 
 SENT: dict[str, Callable[[Size, int], Sent]] = {
     "plain_ddp": _joint,
     "floor": _floor,
-    "whole": _whole,
-    "sharded": _sharded,
-    "beta0": _whole,
-    "beta0_sharded": _sharded,
+    "exact": _exact,
+    "beta0": _exact,
     "one_backward": _one_backward,
     "fsdp2_plain": _fsdp2_plain,
     "fsdp2": _fsdp2,
@@ -159,7 +156,7 @@ LINKS = (
     Link("400 GB/s", 4e11, 5e-6),
 )
 EXPECTED_RANKS = 8
-EXPECTED_FORMS = ("plain_ddp", "whole", "sharded", "one_backward")
+EXPECTED_FORMS = ("plain_ddp", "exact", "one_backward")
 MEASURED_SHARE = 0.05
 """The last shared layer's part of the trunk."""
 TENSORS = 100

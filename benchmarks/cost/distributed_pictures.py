@@ -10,14 +10,13 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.pictures import COLORS, STYLE
+from benchmarks.cost.style import COLORS, STYLE
 
 BLACK = "#000000"
 DRAWN = {
     "plain_ddp": ("plain DDP", BLACK),
     "floor": ("T reduced passes", "#808080"),
-    "whole": ("whole averages", COLORS[0]),
-    "sharded": ("sharded averages", COLORS[1]),
+    "exact": ("exact", COLORS[0]),
     "one_backward": ("one backward", COLORS[2]),
     "fsdp2": ("FSDP2", COLORS[3]),
 }

@@ -17,8 +17,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from balanced_optim import DualBalancedOptimizer
-from benchmarks.distributed_costs import Size
-from benchmarks.trunks import build
+from benchmarks.cost.distributed_costs import Size
+from benchmarks.cost.trunks import build
 
 DIGITS = "two_digits"
 DIGIT_ROWS = 32
@@ -72,7 +72,7 @@ def part_of(batch: Batch, rank: int, ranks: int) -> Batch:
 
 
 def make_job(name: str, tasks: int, ranks: int) -> Job:
-    """The main job for `DIGITS`, else one of `benchmarks.trunks` with `tasks` heads."""
+    """The main job for `DIGITS`, else one of `benchmarks.cost.trunks` with `tasks` heads."""
     return digits_job(ranks) if name == DIGITS else trunk_job(name, tasks, ranks)
 
 
@@ -145,28 +145,20 @@ class Form:
     waits: bool = False
 
     @property
-    def options_alone(self) -> dict[str, Any]:
-        """The options of one process: those that say what is computed."""
-        return {name: value for name, value in (self.options or {}).items() if name != "shard_averages"}
-
-    @property
     def method(self) -> str:
         """A name for what is computed, the same for forms that only send it in another way."""
-        return repr((self.options_alone, self.one_backward))
+        return repr((self.options, self.one_backward))
 
 
 FORMS = {
     "plain_ddp": Form(None),
     "floor": Form(None, ""),
-    "whole": Form(),
-    "sharded": Form({"shard_averages": True}),
+    "exact": Form(),
     "beta0": Form({"beta": 0.0}),
-    "beta0_sharded": Form({"beta": 0.0, "shard_averages": True}),
     "one_backward": Form(one_backward=True),
     "fsdp2_plain": Form(None, "fsdp2"),
     "fsdp2": Form(wrapper="fsdp2"),
-    "whole_waiting": Form(waits=True),
-    "sharded_waiting": Form({"shard_averages": True}, waits=True),
+    "exact_waiting": Form(waits=True),
 }
 BALANCED = [name for name, form in FORMS.items() if form.options is not None and not form.waits]
 """This library's own forms."""
@@ -214,8 +206,7 @@ class Training:
         if form.options is not None:
             # A module lets FSDP2 keep the trunk gathered between the passes.
             norms = model.last_shared_layer() if form.one_backward else None
-            options = form.options_alone if alone else form.options
-            optimizer = DualBalancedOptimizer(base, model.trunk, process_group=group, norm_params=norms, **options)
+            optimizer = DualBalancedOptimizer(base, model.trunk, process_group=group, norm_params=norms, **form.options)
             self._optimizer, self._step = optimizer, _waiting(optimizer.step) if form.waits else optimizer.step
 
     def _plain_step(self, losses: list[Tensor]) -> None:

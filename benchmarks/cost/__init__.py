@@ -1,0 +1,1 @@
+"""What a step costs: time, memory and bytes sent, beside the floor, the plain sum and peers."""

@@ -1,0 +1,21 @@
+"""Types of command line arguments."""
+
+import argparse
+from collections.abc import Collection
+
+from benchmarks.cost.trunks import TINY, TRUNKS
+
+
+def positive_int(text: str) -> int:
+    """Check a count; an argparse type."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+    return int(text)
+
+
+def trunk_name(text: str, more: Collection[str] = ()) -> str:
+    """Check the name of a trunk, or one of `more`; an argparse type."""
+    known = {*more, *TRUNKS, *(f"tiny_{name}" for name in TINY)}
+    if text not in known and not (text.startswith("mlp") and text[3:].isdecimal()):
+        raise argparse.ArgumentTypeError(f"must be one of {', '.join([*more, *TRUNKS])} or mlpWIDTH, got {text!r}")
+    return text
