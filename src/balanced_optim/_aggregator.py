@@ -119,7 +119,12 @@ def _as_stored(one: Pass, averages: Sequence[Sequence[Tensor]], device: torch.de
 
 
 def _write(
-    row: Tensor, averages: Sequence[Sequence[Tensor]], gradients: Sequence[Tensor | None], task: int, keep: object, gain: object
+    row: Tensor,
+    averages: Sequence[Sequence[Tensor]],
+    gradients: Sequence[Tensor | None],
+    task: int,
+    keep: object,
+    gain: object,
 ) -> None:
     """row <- keep * ema_t + gain * g_t, parameters one after the other, rounded as the store rounds."""
     start = 0

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ._aggregator import Aggregator, aggregated_step
+from ._aggregator import Aggregator, aggregated_step, check_aggregator
 from ._graph import check_replay, outside_of, unverified
 from ._losses import Losses, Samples, TaskLosses, describe_bad_loss, read_losses, read_samples
-from ._members import Layout, Members
+from ._members import Layout, Members, are_same
 from ._meeting import Alone, Ranks, Totals
 from ._micro_batches import Means, MicroBatches, means, no_micro_batches, sums_with, with_earlier
 from ._numbers import Scalar, on_device
@@ -85,7 +85,7 @@ def averages_for(parts: Parts, names: tuple[str, ...], named: bool, layout: Layo
     if known is None:
         store = new_store(parts, layout, ranks, len(names))
         return new_averages(names, named, store, list(layout.averaged), state.task_weights)
-    if len(known.rows) == len(layout.averaged) and all(a is b for a, b in zip(known.rows, layout.averaged, strict=True)):
+    if are_same(known.rows, layout.averaged):
         return known
     store = new_store(parts, layout, ranks, len(names))
     if isinstance(store, FlatGradientBuffer) and isinstance(known.store, FlatGradientBuffer):
@@ -146,9 +146,7 @@ def check_log_transform(rule: Rule, names: Sequence[str]) -> None:
         raise ValueError(f"log_transform must have {len(names)} entries, one a task, got {len(logs)}")
 
 
-def meet(
-    parts: Parts, layout: Layout, ranks: Alone, call: str, losses: Losses, scaler: Any, samples: Samples
-) -> Given:
+def meet(parts: Parts, layout: Layout, ranks: Alone, call: str, losses: Losses, scaler: Any, samples: Samples) -> Given:
     """The same from all ranks; an error of one is one of all."""
     if not isinstance(ranks, Ranks):
         return read(parts, layout, ranks, losses, scaler, samples)
@@ -211,9 +209,7 @@ def make_batch(parts: Parts, layout: Layout, ranks: Alone, given: Given) -> tupl
     return Batch(losses, mean.values, mean.present, last, terms, unsolved, layout, known), mean
 
 
-def terms_of(
-    parts: Parts, known: Averages, usable: Tensor, unsolved: Tensor | None, present: Sequence[int]
-) -> Terms:
+def terms_of(parts: Parts, known: Averages, usable: Tensor, unsolved: Tensor | None, present: Sequence[int]) -> Terms:
     """What the store needs to know; Python numbers on a CPU."""
     rule, state = parts.settings.rule, parts.state
     refuses = parts.settings.nonfinite != "ignore"
@@ -239,6 +235,7 @@ def backward(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, s
     layout = parts.layout(base_optim)
     ranks = parts.processes.over(layout)
     _warn_of_world(parts)
+    check_aggregator(parts.settings.aggregator, fully_shard=ranks.agrees)
     try:
         given = meet(parts, layout, ranks, "backward()", losses, scaler, samples)
         earlier: MicroBatches | None = parts.pending.micro_batches
@@ -300,9 +297,7 @@ def _undo(parts: Parts, kept: list[list[Tensor]] | None) -> None:
         known.norms.copy_(torch.where(known.counts > 0, known.store.load_norms(), 0.0))
 
 
-def _step(
-    parts: Parts, batch: Batch, mean: Means, ranks: Alone, given: Given, held: Held | None
-) -> Step:
+def _step(parts: Parts, batch: Batch, mean: Means, ranks: Alone, given: Given, held: Held | None) -> Step:
     """The form of the step, with the stages that this call needs. Nothing but the store is touched."""
     settings, layout, joint = parts.settings, batch.layout, parts.members.joint
     earlier = parts.pending.micro_batches
@@ -343,7 +338,12 @@ def _checked(passes: Passes, parts: Parts, batch: Batch, ranks: Alone, given: Gi
     """Before the first pass: classes that are new in these graphs are run twice, where a graph is walked twice."""
     if any(given.marked) and (parts.members.joint or len(batch.running) > 1):
         check_replay(
-            ranks.take, batch.losses.losses, batch.starts.unbind(), batch.losses.names, batch.layout.parameters, given.marked
+            ranks.take,
+            batch.losses.losses,
+            batch.starts.unbind(),
+            batch.losses.names,
+            batch.layout.parameters,
+            given.marked,
         )
     yield from passes
 

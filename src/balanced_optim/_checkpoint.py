@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ._batch import Parts, new_store
 from ._checks import check_schedule, read_task_weights
-from ._members import Layout
+from ._members import Layout, are_same
 from ._meeting import Alone
 from ._processes import ALONE
 from ._state import Averages, Saved, check_fits, merge, new_averages, role, split
@@ -89,7 +89,7 @@ def load_state(parts: Parts, base_optim: Optimizer, state_dict: dict[str, Any]) 
 def _room(parts: Parts, saved: Saved, layout: Layout, ranks: Alone) -> Averages:
     """The averages to load into: those that are there, so that a captured graph goes on, or new ones."""
     known, tasks = parts.state.averages, saved.tasks or ()
-    fits = known is not None and len(known.tasks) == len(tasks) and known.rows == layout.averaged
+    fits = known is not None and len(known.tasks) == len(tasks) and are_same(known.rows, layout.averaged)
     if known is None or not fits or isinstance(known.store, FlatGradientBuffer) != bool(saved.averages):
         store = new_store(parts, layout, ranks, len(tasks))
         known = parts.state.averages = new_averages(tasks, saved.named, store, list(layout.averaged), None)
@@ -129,7 +129,7 @@ def reset(parts: Parts, base_optim: Optimizer) -> None:
     parts.members.start_anew(base_optim)
     known = parts.state.averages
     layout = parts.layout(base_optim)
-    if known is not None and known.rows == layout.averaged and isinstance(known.store, FlatGradientBuffer):
+    if known is not None and are_same(known.rows, layout.averaged) and isinstance(known.store, FlatGradientBuffer):
         # In place, so that a captured graph starts anew too.
         known.store.load_averages([[None] * len(known.tasks)] * len(known.rows))
         for vector in (known.counts, known.batches, known.norms):
@@ -158,4 +158,3 @@ def change_weights(parts: Parts, task_weights: Any) -> None:
     state.task_weights = weights
     if state.averages is not None:
         set_weights(state.averages, weights)
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import NoReturn
 
 import torch
 from torch.optim import Optimizer
@@ -47,7 +46,9 @@ def check_rule(rule: Rule, aggregated: bool) -> None:
     require(is_number(rule.eps) and rule.eps > 0, "eps", "a number > 0", rule.eps)
     logs = rule.log_transform
     entries = list(logs.values()) if isinstance(logs, Mapping) else [logs] if isinstance(logs, bool) else logs
-    by_task = isinstance(entries, Sequence) and not isinstance(entries, str) and all(isinstance(e, bool) for e in entries)
+    by_task = (
+        isinstance(entries, Sequence) and not isinstance(entries, str) and all(isinstance(e, bool) for e in entries)
+    )
     require(by_task, "log_transform", "True or False, or a sequence or mapping of those by task", logs)
     target = rule.norm_target
     named = target is None or (isinstance(target, str) and target in NORM_TARGETS)
@@ -57,7 +58,9 @@ def check_rule(rule: Rule, aggregated: bool) -> None:
         f"one of {(*NORM_TARGETS, None)} or a number > 0",
         target,
     )
-    require(is_number(rule.norm_power) and 0 <= rule.norm_power <= 1, "norm_power", "a number in [0, 1]", rule.norm_power)
+    require(
+        is_number(rule.norm_power) and 0 <= rule.norm_power <= 1, "norm_power", "a number in [0, 1]", rule.norm_power
+    )
     require(_is_whole(rule.warmup_steps, 0), "warmup_steps", "a whole number >= 0", rule.warmup_steps)
     require(
         rule.max_weight is None or (is_number(rule.max_weight) and rule.max_weight > 0),
@@ -66,7 +69,8 @@ def check_rule(rule: Rule, aggregated: bool) -> None:
         rule.max_weight,
     )
     require(isinstance(rule.fade_solved, bool), "fade_solved", "True or False", rule.fade_solved)
-    _check_together(rule, aggregated, any(entries))  # type: ignore[arg-type]
+    # A task that a mapping does not name has its log taken.
+    _check_together(rule, aggregated, isinstance(logs, Mapping) or any(entries))  # type: ignore[arg-type]
 
 
 def _check_together(rule: Rule, aggregated: bool, any_log: bool) -> None:
@@ -79,7 +83,9 @@ def _check_together(rule: Rule, aggregated: bool, any_log: bool) -> None:
     for name, value, default in (("norm_power", rule.norm_power, 1.0), ("warmup_steps", rule.warmup_steps, 0)):
         if value != default and (rule.norm_target is None or aggregated):
             other = "an aggregator" if aggregated else "norm_target=None"
-            raise ValueError(f"{name} cannot be used with {other}, got {name}={value!r}: nothing is rescaled; leave it out")
+            raise ValueError(
+                f"{name} cannot be used with {other}, got {name}={value!r}: nothing is rescaled; leave it out"
+            )
 
 
 def check_settings(nonfinite: object, refresh_every: object, ema_dtype: object) -> None:
@@ -150,16 +156,14 @@ def read_task_weights(
     return names, [float(weight) for _, weight in items]
 
 
-def explain_step(error: Exception, base_optim: Optimizer) -> NoReturn:
-    """Raise the base's error again; with the reason where its step needs what a balanced step cannot give."""
-    text, name = str(error), type(base_optim).__name__
+def needs_more(text: str, base_optim: Optimizer) -> str | None:
+    """Why a base optimizer's step failed, where it needs what a balanced step cannot give; None for any other error."""
+    name = type(base_optim).__name__
     if "closure" in text:
-        raise TypeError(
-            f"base_optim must step without a closure, but {name} needs one ({text}); use a first-order optimizer"
-        ) from error
+        return f"base_optim must step without a closure, but {name} needs one ({text}); use a first-order optimizer"
     if "create_graph" in text or "does not require grad" in text or "grad_fn" in text:
-        raise TypeError(
+        return (
             f"base_optim must step on plain gradients, but {name} differentiates them again ({text}); balanced gradients "
             "have no graph; use a first-order optimizer"
-        ) from error
-    raise error
+        )
+    return None

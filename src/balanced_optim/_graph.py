@@ -166,9 +166,7 @@ def _close(first: float, second: float) -> bool:
 
 
 def _overwrites(kinds: set[type]) -> str:
-    functions = sorted(
-        getattr(kind, "_forward_cls", kind).__qualname__ for kind in kinds if kind.__name__ != _COMPILED
-    )
+    functions = sorted(getattr(kind, "_forward_cls", kind).__qualname__ for kind in kinds if kind.__name__ != _COMPILED)
     if not functions:
         return (
             "a compiled region gives another gradient when its graph is used a second time, as one pass a task "

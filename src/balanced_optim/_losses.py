@@ -207,7 +207,9 @@ def describe_bad_loss(name: str, value: float, eps: float, log_transform: bool, 
     """The message for a loss that cannot be used, on `rank` where there are several."""
     if log_transform and math.isfinite(value):
         rule = f"greater than -eps = {-eps} under the log transform"
-        remedy = "shift the loss, or pass log_transform=False (or a mapping {task: False}) for losses that can be negative"
+        remedy = (
+            "shift the loss, or pass log_transform=False (or a mapping {task: False}) for losses that can be negative"
+        )
     else:
         rule = "finite"
         remedy = "look for the operation that made it, or pass nonfinite='skip' to leave such batches out"

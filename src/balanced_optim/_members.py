@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import is_
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,9 @@ class Members:
         replaced: by old object the one that a framework has put into its place.
     """
 
-    def __init__(self, base_optim: Optimizer, shared: Sequence[tuple[str, Tensor]], measured: set[Tensor] | None) -> None:
+    def __init__(
+        self, base_optim: Optimizer, shared: Sequence[tuple[str, Tensor]], measured: set[Tensor] | None
+    ) -> None:
         self.known = parameters_of(base_optim)
         self.replaced: dict[Tensor, Tensor] = {}
         places = {parameter: position for position, parameter in enumerate(self.known)}
@@ -89,7 +92,7 @@ class Members:
             ValueError: a shared parameter is gone from the wrapped optimizer, or has another shape.
         """
         parameters = parameters_of(base_optim)
-        same = len(parameters) == len(self.known) and all(map(_is, parameters, self.known))
+        same = are_same(parameters, self.known)
         if not same:
             self._follow(parameters)
         if self._refresh() or not same or self._layout is None:
@@ -192,8 +195,9 @@ class Members:
         return len(self._members)
 
 
-def _is(one: Tensor, other: Tensor) -> bool:
-    return one is other
+def are_same(some: Sequence[Tensor], others: Sequence[Tensor]) -> bool:
+    """Whether these are the same objects, in the same order."""
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def _moved(member: _Member, what: str) -> str:

@@ -51,7 +51,9 @@ def one_backward_step(
     ok: Flag = True
     counted = _counted(batch, norms)
     for one in joint(weights, counted, measure is None):
-        fine = [finite(part, store.device) for part in (Pass(-1, one.shared, {}, one.ok), Pass(-1, [], one.rest, one.ok))]
+        fine = [
+            finite(part, store.device) for part in (Pass(-1, one.shared, {}, one.ok), Pass(-1, [], one.rest, one.ok))
+        ]
         shared = by_parameter(batch.layout.shared, list(one.shared))
         own = dict(one.rest)
         if not terms.refuses:

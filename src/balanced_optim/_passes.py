@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -103,8 +102,10 @@ def take_backward(
     """
     try:
         torch.autograd.backward(losses, starts_of(losses, cotangents), retain_graph=retain_graph, inputs=inputs)
-    except Exception as error:
-        explain(error, names)
+    except RuntimeError as error:
+        if (text := remedy_for(str(error), names)) is None:
+            raise
+        raise RuntimeError(text) from error
     return taken(parameters)
 
 
@@ -125,8 +126,10 @@ def take_grad(
         gradients = torch.autograd.grad(
             losses, kept, starts_of(losses, cotangents), retain_graph=retain_graph, allow_unused=True
         )
-    except Exception as error:
-        explain(error, names)
+    except RuntimeError as error:
+        if (text := remedy_for(str(error), names)) is None:
+            raise
+        raise RuntimeError(text) from error
     if any(gradient is not None for gradient in taken(parameters)):
         raise RuntimeError(hidden_part(names))
     found = dict(zip(kept, gradients, strict=True))
@@ -142,27 +145,23 @@ def hidden_part(names: Sequence[str]) -> str:
     )
 
 
-def explain(error: Exception, names: Sequence[str]) -> NoReturn:
-    """Raise `error` again; with what to do where a user of this library meets it in a backward pass."""
-    tasks, text = " and ".join(map(repr, names)), str(error)
-    if not isinstance(error, RuntimeError):
-        raise error
+def remedy_for(text: str, names: Sequence[str]) -> str | None:
+    """What to do about an error of a backward pass that a user of this library meets; None for any other."""
+    tasks = " and ".join(map(repr, names))
     if "backward through the graph a second time" in text:
-        raise RuntimeError(
+        return (
             f"the graph of task {tasks} is gone: step() and backward() need losses that no backward pass has used yet; "
             "drop any loss.backward() before them and compute the losses anew for every step; a state carried over from "
             "an earlier batch (a recurrent network's) needs state.detach()"
-        ) from error
+        )
     if "donated buffers" in text:
-        raise RuntimeError(
-            f"a compiled region was compiled for one backward pass a graph, but balancing needs one a task; {REMEDY}"
-        ) from error
+        return f"a compiled region was compiled for one backward pass a graph, but balancing needs one a task; {REMEDY}"
     if "use_reentrant=True" in text:
-        raise RuntimeError(
+        return (
             "norm_params and process_group need activation checkpoints with use_reentrant=False: a reentrant one "
             "cannot say which gradients are wanted; change the checkpoint call, or leave that argument out"
-        ) from error
-    raise error
+        )
+    return None
 
 
 def given_once(error: LookupError, name: str) -> RuntimeError:

@@ -162,8 +162,14 @@ class Replicas(Ranks):
             finally:
                 del failure
         some = {p for p, count in zip(everything, counts, strict=True) if count}
-        heads = {p: total.clone() for p, total in zip(self._heads, sums, strict=True) if p in some and total is not None}
-        return bundle.extra[len(bits) :].to(norms.device, norms.dtype).clone(), heads, {p for p in self._shared if p in some}
+        heads = {
+            p: total.clone() for p, total in zip(self._heads, sums, strict=True) if p in some and total is not None
+        }
+        return (
+            bundle.extra[len(bits) :].to(norms.device, norms.dtype).clone(),
+            heads,
+            {p for p in self._shared if p in some},
+        )
 
     def _renew(self, tasks: int) -> _Bundle:
         extra = 1 + len(self._shared) + len(self._heads) + tasks

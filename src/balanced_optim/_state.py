@@ -202,7 +202,11 @@ def _is_usual(base: Any, number: int) -> bool:
     if not isinstance(base, dict) or not {"state", "param_groups"} <= base.keys():
         return False
     groups = base["param_groups"]
-    if not isinstance(base["state"], dict) or not groups or not all(isinstance(g, dict) and "params" in g for g in groups):
+    if (
+        not isinstance(base["state"], dict)
+        or not groups
+        or not all(isinstance(g, dict) and "params" in g for g in groups)
+    ):
         return False
     return len(_keys_of(base)) == number
 

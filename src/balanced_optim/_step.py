@@ -81,7 +81,9 @@ class Step:
 Close = Callable[..., tuple[Tensor, dict[Tensor, Tensor], set[Tensor]]]
 
 
-def task_passes(batch: Batch, take: Take, *, inputs: Sequence[Tensor] | None = None, keep_graph: bool = False) -> Passes:
+def task_passes(
+    batch: Batch, take: Take, *, inputs: Sequence[Tensor] | None = None, keep_graph: bool = False
+) -> Passes:
     """The source of the exact form: one backward pass a task. A task that is elsewhere only brings zeros."""
     layout, losses = batch.layout, batch.losses
     number = len(layout.averaged)

@@ -334,7 +334,9 @@ def _sum_rows(rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> 
         return out.zero_()
     pieces = [torch.split(row, _SUM_PIECE) for row, _ in terms]
     for into, *parts in zip(torch.split(out, _SUM_PIECE), *pieces, strict=True):
-        torch.mul(parts[0], terms[0][1], out=into) if parts[0].dtype == into.dtype else into.copy_(parts[0]).mul_(terms[0][1])
+        torch.mul(parts[0], terms[0][1], out=into) if parts[0].dtype == into.dtype else into.copy_(parts[0]).mul_(
+            terms[0][1]
+        )
         for part, (_, weight) in zip(parts[1:], terms[1:], strict=True):
             into.add_(part, alpha=weight)
     return out
@@ -423,7 +425,9 @@ class RunningSum(_Judge):
     def _take_in(self, gradients: Gradients, scale: Scalar, ok: Flag) -> None:
         """total <- total + scale * gradients, where `ok`."""
         new = [index for index, gradient in enumerate(gradients) if gradient is not None and self._total[index] is None]
-        old = [index for index, gradient in enumerate(gradients) if gradient is not None and self._total[index] is not None]
+        old = [
+            index for index, gradient in enumerate(gradients) if gradient is not None and self._total[index] is not None
+        ]
         given = [gradients[index] for index in new], [gradients[index] for index in old]
         if isinstance(scale, Tensor):
             clean = [[torch.where(ok, g, 0.0) * scale.to(g.device, g.dtype.to_real()) for g in each] for each in given]  # type: ignore[union-attr, arg-type]

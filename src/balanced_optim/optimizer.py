@@ -18,7 +18,7 @@ from ._checks import (
     check_rule,
     check_schedule,
     check_settings,
-    explain_step,
+    needs_more,
     read_task_weights,
     refuse_removed,
 )
@@ -218,7 +218,9 @@ class DualBalancedOptimizer(Optimizer):
             try:
                 self.base_optim.step()
             except Exception as error:
-                explain_step(error, self.base_optim)
+                if (text := needs_more(str(error), self.base_optim)) is None:
+                    raise
+                raise TypeError(text) from error
         return losses if closure is not None else None
 
     def _run_closure(self, closure: Callable[[], Any], losses: Losses | None) -> Losses | None:
