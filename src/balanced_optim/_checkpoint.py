@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 
 from ._batch import Parts, new_store
 from ._checks import check_schedule, read_task_weights
-from ._members import Layout, are_same
 from ._meeting import Alone
+from ._members import Layout, are_same
 from ._processes import ALONE
 from ._state import Averages, Saved, check_fits, merge, new_averages, role, split
 from ._store import FlatGradientBuffer

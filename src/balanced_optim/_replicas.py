@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._meeting import Ranks
-from ._numbers import accumulation_dtype, as_scalar, on_device, real
+from ._numbers import accumulation_dtype, on_device, real
 from ._passes import Gradients, Pass, Passes
 from ._store import finite
 

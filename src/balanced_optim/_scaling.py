@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,14 @@ def unscaled(passes: Passes, scale: Scalar) -> Passes:
     for one in passes:
         shared = [None if gradient is None else divide(gradient) for gradient in one.shared]
         yield Pass(one.task, shared, {p: divide(gradient) for p, gradient in one.rest.items()}, one.ok)
+
+
+def scaled(gradients: Mapping[Tensor, Tensor], scale: Scalar) -> dict[Tensor, Tensor]:
+    """The gradients times the scale; one that overflows is for the scaler to see."""
+    return {
+        parameter: gradient * (scale.to(gradient.device) if isinstance(scale, Tensor) else scale)
+        for parameter, gradient in gradients.items()
+    }
 
 
 class Held:

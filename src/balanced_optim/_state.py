@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ._numbers import widest
 from ._rule import Balance
-from ._store import FlatGradientBuffer, RunningSum
+from ._running_sum import RunningSum
+from ._store import FlatGradientBuffer
 
 VERSION = 3
 KEY = "balanced_optim"

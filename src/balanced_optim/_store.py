@@ -1,8 +1,7 @@
-"""Where task gradients go: rows of averages, or a running sum. In torch, for a CPU and wherever Triton is missing.
+"""Where task gradients go: rows of averages, in torch, for a CPU and wherever Triton is missing.
 
-A store takes each pass (`add`), gives the norms, and the weighted sum (`combine`). `_cuda_store` does the same in fused
-kernels. On a CPU numbers are Python's; elsewhere they are tensors, and nothing here waits for a device but `averages`,
-`load_averages` and what is asked for by a person.
+A store takes each pass (`add`), gives the norms, and the weighted sum (`combine`). `_running_sum` does the same without
+averages, `_cuda_store` in fused kernels. On a CPU numbers are Python's; elsewhere they are tensors that nobody waits for.
 """
 
 from __future__ import annotations
@@ -20,7 +19,6 @@ from ._numbers import (
     Flag,
     Scalar,
     accumulation_dtype,
-    dense,
     on_device,
     real,
     square_of,
@@ -46,33 +44,33 @@ def finite(one: Pass, device: torch.device) -> Flag:
     return (total_of(squares_of([*gradients, *one.rest.values()]), device) < math.inf) & one.ok
 
 
-class _Judge:
+class Judge:
     """What rows and running sum have in common: whether a task counts, and the squares of its norm."""
 
     device: torch.device
     norm_dtype: torch.dtype
-    _terms: Terms
+    terms: Terms
 
     def __init__(self, device: torch.device, ranks: Alone) -> None:
-        self.device, self._ranks = device, ranks
+        self.device, self.ranks = device, ranks
         self._squares: list[Scalar] = []
         self._healthy: Flag = True
 
     def start(self, terms: Terms) -> None:
         """Begin a batch."""
-        self._terms, self._healthy = terms, True
+        self.terms, self._healthy = terms, True
         self._squares = [math.nan] * len(terms.usable)
 
-    def _judge(self, one: Pass, squares: Sequence[Scalar]) -> Flag:
+    def judge(self, one: Pass, squares: Sequence[Scalar]) -> Flag:
         """Whether the task counts, `squares` being those of its shared gradients as they are stored."""
         square = total_of([*squares, *squares_of(one.rest.values())], self.device)
-        ok = (square < math.inf) & self._terms.usable[one.task] & one.ok & self._healthy
-        ok = self._ranks.agree(ok)
-        if self._terms.refuses:
+        ok = (square < math.inf) & self.terms.usable[one.task] & one.ok & self._healthy
+        ok = self.ranks.agree(ok)
+        if self.terms.refuses:
             self._healthy = ok
         return ok
 
-    def _note(self, task: int, square: Scalar, ok: Flag) -> None:
+    def note(self, task: int, square: Scalar, ok: Flag) -> None:
         if isinstance(ok, Tensor):
             square = torch.where(ok, torch.as_tensor(square), math.nan)
         self._squares[task] = square if ok is not False else math.nan
@@ -80,7 +78,7 @@ class _Judge:
     def norms(self) -> Tensor:
         """||ema_t|| of every task, shape (T,); NaN where it was absent or refused."""
         squares = stack_scalars(self._squares, widest(self.device), self.device)
-        return self._ranks.total(squares).sqrt().to(self.norm_dtype)
+        return self.ranks.total(squares).sqrt().to(self.norm_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,7 +197,7 @@ def _average_where(row: Tensor, gradient: Tensor | None, keep: Tensor, gain: Ten
         row.copy_(row.to(wide).lerp_(gradient, weight))
 
 
-class FlatGradientBuffer(_Judge):
+class FlatGradientBuffer(Judge):
     """T rows over all shared parameters: row t is the running average of task t's gradient.
 
     ``ema_t <- beta_k * ema_t + (1 - beta_k) * g_t`` in place, once g_t is known to be finite as the row would store it:
@@ -231,7 +229,7 @@ class FlatGradientBuffer(_Judge):
     ) -> None:
         super().__init__(device or parameters[0].device, ranks or Alone())
         self.tasks, self._number = tasks, len(parameters)
-        shares = self._ranks.shares or [1.0] * len(parameters)
+        shares = self.ranks.shares or [1.0] * len(parameters)
         together: dict[tuple[torch.device, torch.dtype, float, int], list[int]] = {}
         for index, parameter in enumerate(parameters):
             alone = not on_device(parameter.device) and parameter.numel() >= _ALONE
@@ -251,16 +249,16 @@ class FlatGradientBuffer(_Judge):
 
     def add(self, one: Pass) -> Flag:
         """Take one task's gradients into its average if all is well; return whether it was."""
-        task, terms = one.task, self._terms
+        task, terms = one.task, self.terms
         read = [segment.read([one.shared[member] for member in segment.members]) for segment in self._segments]
-        ok = self._judge(one, [square for _, square in read])
+        ok = self.judge(one, [square for _, square in read])
         if ok is False:
             return ok
         squares = [
-            _share(segment.average(task, gradient, terms.keep[task], terms.gain[task], ok), segment.share)
+            weighed(segment.average(task, gradient, terms.keep[task], terms.gain[task], ok), segment.share)
             for segment, (gradient, _) in zip(self._segments, read, strict=True)
         ]
-        self._note(task, total_of(squares, self.device), ok)
+        self.note(task, total_of(squares, self.device), ok)
         return ok
 
     def combine(self, weights: Tensor) -> Gradients:
@@ -284,10 +282,10 @@ class FlatGradientBuffer(_Judge):
     def load_norms(self) -> Tensor:
         """||ema_t|| of every row as it is, shape (T,)."""
         squares = [
-            total_of([_share(square_of(segment.rows[task]), segment.share) for segment in self._segments], self.device)
+            total_of([weighed(square_of(segment.rows[task]), segment.share) for segment in self._segments], self.device)
             for task in range(self.tasks)
         ]
-        return self._ranks.total(stack_scalars(squares, widest(self.device), self.device)).sqrt().to(self.norm_dtype)
+        return self.ranks.total(stack_scalars(squares, widest(self.device), self.device)).sqrt().to(self.norm_dtype)
 
     def averages(self) -> list[list[Tensor]]:
         """For each parameter its T averages, shaped like it: views of the rows, valid until the next step."""
@@ -313,10 +311,10 @@ class FlatGradientBuffer(_Judge):
                 # The caller may be under autocast, which would multiply in half precision.
                 with torch.autocast(wide.device.type, enabled=False):
                     total += segment.share * (wide @ wide.t()).to(total.device, dtype)
-        return self._ranks.total(total)
+        return self.ranks.total(total)
 
 
-def _share(square: Scalar, share: float) -> Scalar:
+def weighed(square: Scalar, share: float) -> Scalar:
     return square if share == 1 else square * share
 
 
@@ -340,128 +338,3 @@ def _sum_rows(rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> 
         for part, (_, weight) in zip(parts[1:], terms[1:], strict=True):
             into.add_(part, alpha=weight)
     return out
-
-
-class RunningSum(_Judge):
-    """``sum_t w_t * g_t`` without averages: each gradient is added up as it arrives, so no row is kept.
-
-    The weights ``w_t = factor_t * (alpha / ||g_t||)**p`` are known up to alpha when g_t arrives. Gradients are added in
-    units of the first counted task's norm, ``s_t = factor_t * (unit / ||g_t||)**p``, so that a single task passes through
-    bit for bit; the common factor comes at the end.
-
-    Memory: n scalars of float32 or wider beside the gradient that arrives.
-
-    Args:
-        parameters: the shared parameters; only devices and dtypes are read.
-        normalise: False adds ``factor_t * g_t`` (no rescale to a common norm).
-        ranks, device: see `FlatGradientBuffer`.
-    """
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        ranks: Alone | None = None,
-        normalise: bool = True,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(device or parameters[0].device, ranks or Alone())
-        wide = any(accumulation_dtype(parameter.dtype) == torch.float64 for parameter in parameters)
-        self.norm_dtype = torch.float64 if wide else torch.float32
-        self._normalise = normalise
-        self._forget()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_total": [], "_scales": {}, "_unit": 0.0}
-
-    def start(self, terms: Terms) -> None:
-        """Begin a batch; what an abandoned one has added up is forgotten."""
-        super().start(terms)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._total: Gradients = []
-        self._scales: dict[int, Scalar] = {}
-        self._unit: Scalar = 0.0
-
-    def add(self, one: Pass) -> Flag:
-        """Add one task's gradients if all is well; return whether it was."""
-        wide = [None if gradient is None else _wide(gradient) for gradient in one.shared]
-        squares = squares_of([gradient for gradient in wide if gradient is not None])
-        ok = self._judge(one, squares)
-        if ok is False:
-            return ok
-        counted = squares if self._ranks.shares is None else self._counted(wide)
-        square = self._ranks.total(stack_scalars([total_of(counted, self.device)], widest(self.device), self.device))
-        norm = square.sqrt().to(self.norm_dtype)[0] if on_device(self.device) else math.sqrt(square.item())
-        self._note(one.task, total_of(counted, self.device), ok)
-        scale = self._scales[one.task] = self._scale(one.task, norm, ok)
-        self._total = self._total or [None] * len(wide)
-        self._take_in(wide, scale, ok)
-        return ok
-
-    def _counted(self, gradients: Sequence[Tensor | None]) -> list[Scalar]:
-        """The squares as far as this rank counts them."""
-        shares = self._ranks.shares or ()
-        return [
-            _share(total_of(squares_of([g]), self.device), share)
-            for g, share in zip(gradients, shares, strict=True)
-            if g is not None
-        ]
-
-    def _scale(self, task: int, norm: Scalar, ok: Flag) -> Scalar:
-        """s_t; 0 if the task does not count."""
-        factor, power = self._terms.factors[task], self._terms.power
-        if isinstance(norm, Tensor):
-            counts = (norm > 0) & ok
-            known = self._unit if isinstance(self._unit, Tensor) else torch.zeros_like(norm)
-            self._unit = torch.where(known > 0, known, norm.masked_fill(~counts, 0.0))
-            relative = (self._unit / norm).pow(power) if self._normalise else torch.ones_like(norm)
-            return (relative * factor).masked_fill(~counts, 0.0)
-        if norm == 0:
-            return 0.0
-        self._unit = self._unit or norm
-        return float(factor * (self._unit / norm) ** power) if self._normalise else float(factor)
-
-    def _take_in(self, gradients: Gradients, scale: Scalar, ok: Flag) -> None:
-        """total <- total + scale * gradients, where `ok`."""
-        new = [index for index, gradient in enumerate(gradients) if gradient is not None and self._total[index] is None]
-        old = [
-            index for index, gradient in enumerate(gradients) if gradient is not None and self._total[index] is not None
-        ]
-        given = [gradients[index] for index in new], [gradients[index] for index in old]
-        if isinstance(scale, Tensor):
-            clean = [[torch.where(ok, g, 0.0) * scale.to(g.device, g.dtype.to_real()) for g in each] for each in given]  # type: ignore[union-attr, arg-type]
-            fresh = clean[0]
-            if old:
-                torch._foreach_add_([self._total[index] for index in old], clean[1])
-        else:
-            fresh = list(torch._foreach_mul(given[0], scale)) if new else []
-            if old:
-                torch._foreach_add_([self._total[index] for index in old], given[1], alpha=scale)
-        for index, total in zip(new, fresh, strict=True):
-            self._total[index] = total
-
-    def combine(self, weights: Tensor) -> Gradients:
-        """The sum for each parameter, None where no task reached it; starts a new sum."""
-        tasks, totals = list(self._scales), self._total
-        if tasks:
-            scales = stack_scalars(list(self._scales.values()), weights.dtype, weights.device)
-            each = weights.unbind()
-            ratios = torch.stack([each[task] for task in tasks]) / scales
-            # Every ratio is the common factor; that of the largest scale the most exact. 0 if no task counts.
-            best = scales.argmax(keepdim=True)
-            factor = ratios.masked_fill(scales <= 0, 0.0).gather(0, best).squeeze(0)
-            present = [total for total in totals if total is not None]
-            if on_device(self.device):
-                for total in present:
-                    total.mul_(factor.to(total.device, total.dtype.to_real()))
-            elif present:
-                torch._foreach_mul_(present, factor.item())
-        self._forget()
-        return totals
-
-
-def _wide(gradient: Tensor) -> Tensor:
-    """A dense gradient in the dtype that sums are taken in; the same tensor where it is one already."""
-    gradient = dense(gradient)
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from . import _batch, _checkpoint
+from . import _checkpoint
+from ._accumulate import accumulate
 from ._aggregator import check_aggregator
+from ._backward import backward
 from ._batch import Parts, Settings
 from ._checks import (
     check_base_optimizer,
@@ -276,7 +278,7 @@ class DualBalancedOptimizer(Optimizer):
                 numbers, reach no shared parameter, or carry a scaler's scale.
             RuntimeError: a gradient is not finite although its loss is; or the graph was used before.
         """
-        _batch.backward(self._parts, self.base_optim, losses, scaler, samples)
+        backward(self._parts, self.base_optim, losses, scaler, samples)
 
     @torch.no_grad()
     def accumulate(self, losses: Losses, scaler: Any = None, *, samples: Samples = 1) -> None:
@@ -302,7 +304,7 @@ class DualBalancedOptimizer(Optimizer):
             TypeError, ValueError: see `backward`; the micro-batches before this one stay. A failure in the middle of
                 the passes drops them: half a micro-batch must not end up in the next batch.
         """
-        _batch.accumulate(self._parts, self.base_optim, losses, scaler, samples)
+        accumulate(self._parts, self.base_optim, losses, scaler, samples)
 
     @property
     def last_balance(self) -> Balance | None:
