@@ -30,8 +30,8 @@ from ._numbers import (
 from ._passes import Gradients, Pass
 from ._rule import Terms
 
-# A weighted sum is built in pieces of this many elements, which stay in a CPU's cache.
-_SUM_PIECE = 1 << 18
+# A Gram matrix is built in pieces of this many elements, which stay in a CPU's cache.
+_GRAM_PIECE = 1 << 18
 # Parameters start at multiples of this many elements, so that vectorised kernels find them aligned.
 _ALIGNMENT = 16
 # On a CPU a parameter of at least this many elements has a row of its own, averaged straight from its gradient.
@@ -168,15 +168,13 @@ class _Segment:
             elif value.data_ptr() != view.data_ptr():
                 view.copy_(value)
 
-    def weighted_sum(self, weights: Tensor, numbers: Sequence[float]) -> Tensor:
-        """``sum_t w_t * row_t`` in fresh memory of float32 or wider; `numbers` are the weights where the host knows them."""
-        first, dtype = self.rows[0], accumulation_dtype(self.block.dtype)
-        if not on_device(first.device):
-            return _sum_rows(self.rows, numbers, torch.empty_like(first, dtype=dtype))
-        weights = weights.to(first.device, dtype)
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """``sum_t w_t * row_t`` in fresh memory of float32 or wider."""
+        dtype = accumulation_dtype(self.block.dtype)
+        weights = weights.to(self.block.device, dtype)
         if self.block.dtype == dtype:
             return torch.mv(self.block.t(), weights)
-        out = torch.zeros_like(first, dtype=dtype)
+        out = torch.zeros_like(self.rows[0], dtype=dtype)
         for row, weight in zip(self.rows, weights.unbind(), strict=True):
             out.addcmul_(row.to(dtype), weight)
         return out
@@ -267,9 +265,8 @@ class FlatGradientBuffer(Judge):
         The memory is fresh, and the caller's.
         """
         result: Gradients = [None] * self._number
-        numbers = [] if on_device(self.device) else weights.tolist()
         for segment in self._segments:
-            total = segment.weighted_sum(weights, numbers)
+            total = segment.weighted_sum(weights)
             for member, place in zip(segment.members, segment.places, strict=True):
                 result[member] = place.shaped(total)
         return result
@@ -306,7 +303,7 @@ class FlatGradientBuffer(Judge):
         dtype = widest(self.device) if self.norm_dtype == torch.float64 or self.device.type == "cpu" else torch.float32
         total = torch.zeros(self.tasks, self.tasks, device=self.device, dtype=dtype)
         for segment in self._segments:
-            for columns in torch.split(segment.block, _SUM_PIECE, 1):
+            for columns in torch.split(segment.block, _GRAM_PIECE, 1):
                 wide = columns.to(accumulation_dtype(columns.dtype))
                 # The caller may be under autocast, which would multiply in half precision.
                 with torch.autocast(wide.device.type, enabled=False):
@@ -323,18 +320,3 @@ def _place(parameter: Tensor, start: int) -> _Place:
     if like.is_complex():
         like = torch.view_as_real(like)
     return _Place(start, like.numel(), tuple(like.shape), tuple(like.stride()), parameter.dtype)
-
-
-def _sum_rows(rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
-    """out <- sum_t weights[t] * rows[t], piece by piece and in the order of the tasks; returns `out`."""
-    terms = [(row, weight) for row, weight in zip(rows, weights, strict=True) if weight != 0]
-    if not terms:
-        return out.zero_()
-    pieces = [torch.split(row, _SUM_PIECE) for row, _ in terms]
-    for into, *parts in zip(torch.split(out, _SUM_PIECE), *pieces, strict=True):
-        torch.mul(parts[0], terms[0][1], out=into) if parts[0].dtype == into.dtype else into.copy_(parts[0]).mul_(
-            terms[0][1]
-        )
-        for part, (_, weight) in zip(parts[1:], terms[1:], strict=True):
-            into.add_(part, alpha=weight)
-    return out
