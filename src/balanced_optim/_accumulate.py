@@ -89,7 +89,7 @@ def _add_passes(total: MicroBatches, ranks: Alone, layout: Layout, given: Given)
             retain_graph=task != losses.present[-1],
         )
         one = Pass(task, [], by_parameter(everything, found))
-        one = one if given.scale is None else next(unscaled(iter([one]), given.scale))
+        one = one if given.scale is None else next(unscaled((each for each in [one]), given.scale))
         total.add(task, one.rest, 1.0 if ranks.reduces_in_passes else samples[task])
         if samples[task]:
             # A mean over no samples may be NaN.

@@ -56,7 +56,7 @@ def backward(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, s
         held = None if given.scale is None else Held(batch.terms, ranks, device_of(layout))
         usable = batch.terms.usable
         known_bad = batch.terms.refuses and isinstance(usable, list) and not all(usable)
-        error = bad_loss(parts, batch, given) if known_bad and batch.present else None
+        error: Exception | None = bad_loss(parts, batch, given) if known_bad and batch.present else None
         step, new = None, {}
         kept = _rows_before(parts, held)
         try:

@@ -30,8 +30,8 @@ class RunningSum(Judge):
     """``sum_t w_t * g_t`` without averages: each gradient is added up as it arrives, so no row is kept.
 
     The weights ``w_t = factor_t * (alpha / ||g_t||)**p`` are known up to alpha when g_t arrives. Gradients are added in
-    units of the first counted task's norm, ``s_t = factor_t * (unit / ||g_t||)**p``, so that a single task passes through
-    bit for bit; the common factor comes at the end.
+    units of the first counted task's norm, ``s_t = factor_t * (unit / ||g_t||)**p``, so that a single task passes
+    through bit for bit; the common factor comes at the end.
 
     Memory: n scalars of float32 or wider beside the gradient that arrives.
 
@@ -51,11 +51,11 @@ class RunningSum(Judge):
         super().__init__(device or parameters[0].device, ranks or Alone())
         wide = any(accumulation_dtype(parameter.dtype) == torch.float64 for parameter in parameters)
         self.norm_dtype = torch.float64 if wide else torch.float32
-        self._normalise = normalise
+        self._normalise, self._number = normalise, len(parameters)
         self._forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_total": [], "_scales": {}, "_unit": 0.0}
+        return {**self.__dict__, "_total": {}, "_scales": {}, "_unit": 0.0}
 
     def start(self, terms: Terms) -> None:
         """Begin a batch; what an abandoned one has added up is forgotten."""
@@ -63,7 +63,7 @@ class RunningSum(Judge):
         self._forget()
 
     def _forget(self) -> None:
-        self._total: Gradients = []
+        self._total: dict[int, Tensor] = {}
         self._scales: dict[int, Scalar] = {}
         self._unit: Scalar = 0.0
 
@@ -79,7 +79,6 @@ class RunningSum(Judge):
         norm = square.sqrt().to(self.norm_dtype)[0] if on_device(self.device) else math.sqrt(square.item())
         self.note(one.task, total_of(counted, self.device), ok)
         scale = self._scales[one.task] = self._scale(one.task, norm, ok)
-        self._total = self._total or [None] * len(wide)
         self._take_in(wide, scale, ok)
         return ok
 
@@ -106,28 +105,24 @@ class RunningSum(Judge):
         self._unit = self._unit or norm
         return float(factor * (self._unit / norm) ** power) if self._normalise else float(factor)
 
-    def _take_in(self, gradients: Gradients, scale: Scalar, ok: Flag) -> None:
+    def _take_in(self, gradients: Sequence[Tensor | None], scale: Scalar, ok: Flag) -> None:
         """total <- total + scale * gradients, where `ok`."""
-        new = [index for index, gradient in enumerate(gradients) if gradient is not None and self._total[index] is None]
-        old = [
-            index for index, gradient in enumerate(gradients) if gradient is not None and self._total[index] is not None
-        ]
-        given = [gradients[index] for index in new], [gradients[index] for index in old]
+        given = {index: gradient for index, gradient in enumerate(gradients) if gradient is not None}
+        factor = 1.0
         if isinstance(scale, Tensor):
-            clean = [[torch.where(ok, g, 0.0) * scale.to(g.device, g.dtype.to_real()) for g in each] for each in given]  # type: ignore[union-attr, arg-type]
-            fresh = clean[0]
-            if old:
-                torch._foreach_add_([self._total[index] for index in old], clean[1])
+            # Not a product with 0, which would keep a NaN.
+            given = {i: torch.where(ok, g, 0.0) * scale.to(g.device, g.dtype.to_real()) for i, g in given.items()}  # type: ignore[arg-type]
         else:
-            fresh = list(torch._foreach_mul(given[0], scale)) if new else []
-            if old:
-                torch._foreach_add_([self._total[index] for index in old], given[1], alpha=scale)
-        for index, total in zip(new, fresh, strict=True):
-            self._total[index] = total
+            factor = scale
+        old, new = [i for i in given if i in self._total], [i for i in given if i not in self._total]
+        if old:
+            torch._foreach_add_([self._total[i] for i in old], [given[i] for i in old], alpha=factor)
+        if new:
+            self._total.update(zip(new, torch._foreach_mul([given[i] for i in new], factor), strict=True))
 
     def combine(self, weights: Tensor) -> Gradients:
         """The sum for each parameter, None where no task reached it; starts a new sum."""
-        tasks, totals = list(self._scales), self._total
+        tasks, totals = list(self._scales), list(self._total.values())
         if tasks:
             scales = stack_scalars(list(self._scales.values()), weights.dtype, weights.device)
             each = weights.unbind()
@@ -135,14 +130,14 @@ class RunningSum(Judge):
             # Every ratio is the common factor; that of the largest scale the most exact. 0 if no task counts.
             best = scales.argmax(keepdim=True)
             factor = ratios.masked_fill(scales <= 0, 0.0).gather(0, best).squeeze(0)
-            present = [total for total in totals if total is not None]
             if on_device(self.device):
-                for total in present:
+                for total in totals:
                     total.mul_(factor.to(total.device, total.dtype.to_real()))
-            elif present:
-                torch._foreach_mul_(present, factor.item())
+            elif totals:
+                torch._foreach_mul_(totals, factor.item())
+        result: Gradients = [self._total.get(index) for index in range(self._number)]
         self._forget()
-        return totals
+        return result
 
 
 def _wide(gradient: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """Where task gradients go: rows of averages, in torch, for a CPU and wherever Triton is missing.
 
 A store takes each pass (`add`), gives the norms, and the weighted sum (`combine`). `_running_sum` does the same without
-averages, `_cuda_store` in fused kernels. On a CPU numbers are Python's; elsewhere they are tensors that nobody waits for.
+averages, `_cuda_store` in fused kernels. On a CPU numbers are Python's; elsewhere they are tensors that nobody waits
+for.
 """
 
 from __future__ import annotations
@@ -202,8 +203,9 @@ class FlatGradientBuffer(Judge):
     then the average is too, since ``||ema_t|| <= max(||old||, ||g_t||)``. So no average ever takes a value that is not
     finite. The buffer is the average: there is no second T x n array.
 
-    Small parameters, and all on an accelerator, lie side by side in one contiguous row a task for each (device, dtype). On a
-    CPU a parameter of 131,072 elements or more has rows to itself and is averaged straight from its gradient.
+    Small parameters, and all on an accelerator, lie side by side in one contiguous row a task for each (device,
+    dtype). On a CPU a parameter of 131,072 elements or more has rows to itself and is averaged straight from its
+    gradient.
 
     Memory: T * n elements of `dtype`, n = the number of shared scalars, and n more for what lies side by side;
     `combine` returns n fresh ones.
