@@ -32,9 +32,8 @@ def one_backward_step(
         measure: short passes that stop at `norm_params` and heads; None to reuse the norms that are known.
         batch: its facts.
         rule: how norms become weights.
-        joint: makes the joint pass of ``sum_t w_t log(loss_t + eps)`` for weights (T,) and the tasks that count, with
-        the
-            heads where asked.
+        joint: makes the joint pass of ``sum_t w_t log(loss_t + eps)`` for weights (T,) and the tasks that count,
+            with the heads where asked.
         close: see `exact_step`.
     """
     store, terms, known = batch.known.store, batch.terms, batch.known
