@@ -14,9 +14,9 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("torchjd")
 
 from benchmarks import compare, digit_domains, step_cost
-from benchmarks.digits import TASKS, load_images, overlay, two_digits
-from benchmarks.metrics import Spread, delta_p
-from benchmarks.problem import Metric, Task
+from benchmarks.data.digits import TASKS, load_images, overlay, two_digits
+from benchmarks.study.metrics import Spread, delta_p
+from benchmarks.data.problem import Metric, Task
 from benchmarks.trunks import TRUNKS, build
 
 

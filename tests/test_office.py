@@ -13,8 +13,8 @@ pytest.importorskip("PIL")
 from PIL import Image
 from scipy.io import savemat
 
-from benchmarks import office
-from benchmarks.office import (
+from benchmarks.data import office
+from benchmarks.data.office import (
     CALTECH10_DOMAINS,
     OFFICE_31,
     OFFICE_31_DOMAINS,

@@ -12,8 +12,8 @@ pytest.importorskip("sklearn")
 
 from sklearn.metrics import mean_absolute_error
 
-from benchmarks import qm9
-from benchmarks.qm9 import ALPHABET, HASHES, PROPERTIES, QM9, QM9_RAW
+from benchmarks.data import qm9
+from benchmarks.data.qm9 import ALPHABET, HASHES, PROPERTIES, QM9, QM9_RAW
 
 MOLECULES = 40
 TENTH = MOLECULES // 10

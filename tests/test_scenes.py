@@ -7,8 +7,8 @@ pytest.importorskip("sklearn")
 
 from sklearn.ensemble import RandomForestClassifier
 
-from benchmarks import scenes
-from benchmarks.scenes import CHUNK, CLASSES, HEIGHT, VIEW, WIDTH, Rays, World, render
+from benchmarks.data import scenes
+from benchmarks.data.scenes import CHUNK, CLASSES, HEIGHT, VIEW, WIDTH, Rays, World, render
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,14 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("torchjd")
 
 from benchmarks import methods, overview, study, study_jobs, study_pictures, training
-from benchmarks.data import DATA
-from benchmarks.methods import AGGREGATORS, METHODS, TUNED_WEIGHTS
-from benchmarks.metrics import accuracy
-from benchmarks.problem import Batch, DataSet, Metric, MultiTaskNet, Problem, Task
-from benchmarks.study_jobs import STUDIES, Choices, Job, Workplace, jobs_of, load_runs, run_all, run_job, unfinished
-from benchmarks.study_probe import Probe, summarize_window, window_starts
-from benchmarks.study_report import bootstrap_interval, compare_rows, failure_lines, rows_of
-from benchmarks.training import CANDIDATES, Training, evaluate, run_method, train
+from benchmarks.data.all import DATA
+from benchmarks.study.methods import AGGREGATORS, METHODS, TUNED_WEIGHTS
+from benchmarks.study.metrics import accuracy
+from benchmarks.data.problem import Batch, DataSet, Metric, MultiTaskNet, Problem, Task
+from benchmarks.study.jobs import STUDIES, Choices, Job, Workplace, jobs_of, load_runs, run_all, run_job, unfinished
+from benchmarks.study.probe import Probe, summarize_window, window_starts
+from benchmarks.study.report import bootstrap_interval, compare_rows, failure_lines, rows_of
+from benchmarks.study.training import CANDIDATES, Training, evaluate, run_method, train
 
 # ------------------------------------------------------------------ a data set of three lines
 
