@@ -265,7 +265,7 @@ def aggregated(
     log_transform: bool,
 ) -> Step:
     """A gradient method on the shared parameters, with or without the log; heads get their own task's gradient."""
-    options = {"aggregator": aggregator(len(plan.tasks)), "beta": 0.0, "log_transform": log_transform}
+    options: dict[str, Any] = {"aggregator": aggregator(len(plan.tasks)), "beta": 0.0, "log_transform": log_transform}
     return dual_balanced(base_optim, model, plan, **options)
 
 

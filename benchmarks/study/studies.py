@@ -61,7 +61,11 @@ STUDIES: dict[str, Study] = {
     "main": Study("DB-MTL, the fields of its rule, and rivals", (*CORE, "refreshed", *RULE, *RIVALS)),
     "pareto": Study(
         "Quality against time",
-        (*CORE, "refreshed", *RULE, *RIVALS, *MORE_RIVALS, *AGGREGATORS, *map("log_{}".format, AGGREGATORS)),
+        tuple(
+            dict.fromkeys(
+                [*CORE, "refreshed", *RULE, *RIVALS, *MORE_RIVALS, *AGGREGATORS, *map("log_{}".format, AGGREGATORS)]
+            )
+        ),
     ),
     "schedules": Study("Schedules of the learning rate", STEADY, schedules=("cosine", "constant", "steps", "plateau")),
     "stress": Study("A constant learning rate", STEADY, schedules=("constant",)),
