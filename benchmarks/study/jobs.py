@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from balanced_optim import __version__ as library_version
 from benchmarks.data.all import DATA
 from benchmarks.data.problem import MakeProblem, Problem
 from benchmarks.environment import describe_environment
@@ -26,7 +27,7 @@ DIGITS = 5
 """Significant digits in a file."""
 
 ENVIRONMENT = ("torch", "commit")
-"""What a line keeps of `describe_environment`."""
+"""What a line keeps of `describe_environment`, beside the version of the library."""
 
 
 # ------------------------------------------------------------------ one run
@@ -78,7 +79,7 @@ def problem_of(data: str, path: Path | None, seed: int) -> Problem:
 @lru_cache(maxsize=1)
 def _environment() -> dict[str, str | int]:
     described = describe_environment()
-    return {key: described[key] for key in ENVIRONMENT if key in described}
+    return {"library": library_version} | {key: described[key] for key in ENVIRONMENT if key in described}
 
 
 def describe_run(run: Run) -> dict[str, Any]:
