@@ -839,28 +839,41 @@ def test_the_overview_sets_data_sets_side_by_side(tmp_path, capsys):
 # ------------------------------------------------------------------ what to try first
 
 GAINS = {
-    "one": {"ew": {0: 0.0, 1: 2.0}, "log_only": {0: 4.0, 1: 4.0}, "db_mtl": {0: -1.0, 1: 1.0}, "beta_0": {0: 3.0}},
-    "two": {"ew": {0: 1.0}, "log_only": {0: 0.0}, "db_mtl": {0: 5.0}, "beta_0": {0: 6.0}},
+    "digits": {"ew": {0: 0.0, 1: 2.0}, "log_only": {0: 4.0, 1: 4.0}, "db_mtl": {0: -1.0, 1: 1.0}, "beta_0": {0: 3.0}},
+    "scenes": {"ew": {0: 1.0}, "log_only": {0: 0.0}, "db_mtl": {0: 5.0}, "beta_0": {0: 6.0}},
 }
 
 
 def test_the_distance_of_a_setting_is_to_the_best_end_over_common_seeds():
-    assert recommend.distance(GAINS["one"], "db_mtl") == 4
-    assert recommend.distance(GAINS["one"], "beta_0") == 1
-    assert recommend.distance(GAINS["two"], "beta_0") == -1
-    assert recommend.distance(GAINS["one"], "norm_1") is None
+    assert recommend.distance(GAINS["digits"], "db_mtl") == 4
+    assert recommend.distance(GAINS["digits"], "beta_0") == 1
+    assert recommend.distance(GAINS["scenes"], "beta_0") == -1
+    assert recommend.distance(GAINS["digits"], "norm_1") is None
 
 
 def test_the_setting_with_the_least_worst_distance_is_recommended_and_held_out_data_only_test_it():
-    held_out = {recommend.HELD_OUT[0]: GAINS["two"] | {"beta_0": {0: -90.0}}}
+    held_out = {recommend.HELD_OUT[0]: GAINS["scenes"] | {"beta_0": {0: -90.0}}}
     best, *others = recommend.ranked(GAINS | held_out)
-    assert (best.method, best.worst, best.distances["two"]) == ("beta_0", 1, -1)
+    assert (best.method, best.worst, best.distances["scenes"]) == ("beta_0", 1, -1)
     assert best.distances[recommend.HELD_OUT[0]] == 95
     assert [other.method for other in others] == ["db_mtl", "log_only"]
     assert recommend.ranked({}) == recommend.ranked(held_out) == []
     header, rows = recommend.table([best], [*GAINS, *held_out])
-    assert header == ["setting", "arguments", "worst", "one", "two", f"{recommend.HELD_OUT[0]}, held out"]
+    assert header == ["setting", "arguments", "worst", "digits", "scenes", f"{recommend.HELD_OUT[0]}, held out"]
     assert rows == [["beta_0", "`beta=0`", "+1.0", "+1.0", "-1.0", "+95.0"]]
+
+
+def test_a_method_that_is_another_one_on_these_tasks_counts_as_that_one():
+    methods = ("log_by_unit", "log_by_unit_no_rescale", "log_by_unit_norm_power_0.5")
+    for data, names in (
+        ("digits", methods),
+        ("digit_domains", ("max_norm_only", "ew", methods[2])),
+        ("friedman", ("db_mtl", "log_only", "norm_power_0.5")),
+    ):
+        planned = jobs_of(STUDIES["main"], Choices(data, 1, 5, methods=methods))
+        assert tuple(job.method for job in planned if not is_single_task(job.method)) == names
+    best = recommend.ranked({"friedman": GAINS["scenes"]})
+    assert [candidate.method for candidate in best if candidate.worst == 0] == ["db_mtl", "log_by_unit"]
 
 
 def test_the_table_of_the_readme_has_the_recommended_setting_above_equal_weighting():

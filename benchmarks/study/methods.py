@@ -341,8 +341,24 @@ METHODS: dict[str, BuildStep] = {
 }
 """By name. `refreshed` measures norms every eighth step; `max_weight_1` keeps the log and the average only."""
 
+ONE_KIND_OF_LOSS: dict[bool, dict[str, str]] = {
+    True: {"log_by_unit": "max_norm_only", "log_by_unit_no_rescale": "ew"},
+    False: {
+        "log_by_unit": "db_mtl",
+        "log_by_unit_no_rescale": "log_only",
+        "log_by_unit_norm_power_0.5": "norm_power_0.5",
+    },
+}
+"""Methods that are another one where all losses have a natural unit, or none has."""
+
 DEFAULT_METHODS = ["ew", "log_only", "max_norm_only", "db_mtl", "one_backward"]
 """The methods that `benchmarks.compare` runs unless others are named."""
+
+
+def canonical(method: str, tasks: Sequence[Task]) -> str:
+    """Return the name under which a method is run on these tasks."""
+    kinds = {task.natural_unit for task in tasks}
+    return ONE_KIND_OF_LOSS[kinds.pop()].get(method, method) if len(kinds) == 1 else method
 
 
 def unavailable(method: str) -> str:

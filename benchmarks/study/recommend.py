@@ -9,6 +9,9 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from benchmarks.data.all import DATA
+from benchmarks.study.methods import canonical
+
 ENDS = ("ew", "log_only", "db_mtl")
 HELD_OUT = ("diabetes_raw", "equation")
 CANDIDATES = {
@@ -73,7 +76,8 @@ def ranked(gains: Mapping[str, Gains]) -> list[Candidate]:
     choosing = [data for data in gains if data not in HELD_OUT and distance(gains[data], ENDS[0]) is not None]
     found = []
     for method in CANDIDATES:
-        distances = {data: gap for data in gains if (gap := distance(gains[data], method)) is not None}
+        names = {data: canonical(method, DATA[data].tasks) for data in gains}
+        distances = {data: gap for data in gains if (gap := distance(gains[data], names[data])) is not None}
         if choosing and {*choosing} <= {*distances}:
             found.append(Candidate(method, distances, max(distances[data] for data in choosing)))
     return sorted(found, key=lambda candidate: candidate.worst)

@@ -4,7 +4,15 @@ from dataclasses import dataclass
 
 from benchmarks.data.all import DATA
 from benchmarks.data.problem import DataSet
-from benchmarks.study.methods import AGGREGATORS, BETAS, MAX_WEIGHTS, NORM_TARGETS, SINGLE_TASK, TUNED_WEIGHTS
+from benchmarks.study.methods import (
+    AGGREGATORS,
+    BETAS,
+    MAX_WEIGHTS,
+    NORM_TARGETS,
+    SINGLE_TASK,
+    TUNED_WEIGHTS,
+    canonical,
+)
 from benchmarks.study.training import single_task_names
 
 SEEDS = 5
@@ -155,10 +163,14 @@ class Choices:
 
 
 def jobs_of(study: Study, choices: Choices) -> list[Job]:
-    """Return the study's jobs seed by seed, single-task models first; these have the architecture "hard"."""
+    """Return the study's jobs seed by seed, single-task models first; these have the architecture "hard".
+
+    A method that is another one on these tasks is run under that one's name.
+    """
     data = DATA[choices.data]
     singles = [("hard", name) for name in single_task_names(data.tasks)]
-    methods = [name for name in study.methods if choices.methods is None or name in choices.methods]
+    wanted = [name for name in study.methods if choices.methods is None or name in choices.methods]
+    methods = dict.fromkeys(canonical(name, data.tasks) for name in wanted)
     compared = [(architecture, name) for architecture in architectures_of(study, choices) for name in methods]
     return [
         Job(choices.data, architecture, method, optimizer, schedule, choices.steps, learning_rate, seed)
