@@ -17,14 +17,15 @@ pytest.importorskip("torchjd")
 from benchmarks.command_line import RESULTS
 from benchmarks.data.all import DATA
 from benchmarks.data.problem import Batch, DataSet, Metric, MultiTaskNet, Problem, Task, accuracy
-from benchmarks.study import command, files, jobs, methods, overview, pictures, recommend, training
+from benchmarks.study import command, files, jobs, methods, overview, pictures, recommend, steps, training
 from benchmarks.study.files import load_runs
 from benchmarks.study.jobs import Workplace, run_all, run_job, unfinished
-from benchmarks.study.methods import AGGREGATORS, METHODS, TUNED_WEIGHTS, Plan
+from benchmarks.study.methods import AGGREGATORS, METHODS, TUNED_WEIGHTS
 from benchmarks.study.metrics import mean_gain
 from benchmarks.study.probe import Probe, summarize_window, window_starts
 from benchmarks.study.report import bootstrap_interval, compare_rows, rows_of
 from benchmarks.study.schedules import SCHEDULES, Schedule, rate_factor
+from benchmarks.study.steps import Plan
 from benchmarks.study.studies import STUDIES, Choices, Job, is_single_task, jobs_of
 from benchmarks.study.tables import failure_lines
 from benchmarks.study.training import CANDIDATES, Check, Training, best_check, check_steps, evaluate, run_method, train
@@ -127,7 +128,7 @@ def test_gradnorm_is_the_papers_by_a_direct_computation():
     model, reference = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64)
     reference.load_state_dict(model.state_dict())
     force, rate = 1.5, 0.025
-    build = partial(methods.grad_norm, restoring_force=force, learning_rate=rate)
+    build = partial(steps.grad_norm, restoring_force=force, learning_rate=rate)
     reports, _ = take_steps(build, 6, model, torch.optim.SGD(model.parameters(), lr=0.001))
 
     weights, first = torch.ones(2, dtype=torch.float64), None
@@ -184,12 +185,12 @@ def test_famo_moves_its_weights_towards_the_loss_that_fell_less(monkeypatch):
         made.append(methods_famo(tasks))
         return made[-1]
 
-    methods_famo = methods.FAMO
-    monkeypatch.setattr(methods, "FAMO", famo)
+    methods_famo = steps.FAMO
+    monkeypatch.setattr(steps, "FAMO", famo)
     torch.manual_seed(0)
     model = tiny_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    step = methods.fast_adaptive(optimizer, model, Plan(TINY_TASKS, 1))
+    step = steps.fast_adaptive(optimizer, model, Plan(TINY_TASKS, 1))
     batch = tiny_batch(8, 0)
     losses = losses_of(model, batch)
     step(losses, torch.no_grad()(partial(losses_of, model, batch)))
@@ -210,7 +211,7 @@ def test_geometric_mean_weighs_losses_by_their_inverse():
 def test_dwa_weighs_by_the_speed_of_the_last_two_epochs():
     torch.manual_seed(0)
     model = tiny_model()
-    build = partial(methods.dynamic_weight_average, epoch=2)
+    build = partial(steps.dynamic_weight_average, epoch=2)
     reports, losses = take_steps(build, 5, model, torch.optim.SGD(model.parameters(), lr=1e-2))
     assert all(torch.equal(report.weights, torch.ones(2)) for report in reports[:4])
     speed = losses[2:4].mean(dim=0) / losses[:2].mean(dim=0)
@@ -220,7 +221,7 @@ def test_dwa_weighs_by_the_speed_of_the_last_two_epochs():
 def test_stch_sums_logs_in_its_warm_up_and_then_leans_on_the_worst_loss():
     torch.manual_seed(0)
     model = tiny_model()
-    build = partial(methods.smooth_tchebycheff, smoothing=0.5, warm_up=2)
+    build = partial(steps.smooth_tchebycheff, smoothing=0.5, warm_up=2)
     reports, losses = take_steps(build, 3, model, torch.optim.SGD(model.parameters(), lr=1e-2))
     torch.testing.assert_close(reports[1].weights, 1 / losses[1])
     relative = losses[2] / losses[:2].mean(dim=0)
@@ -257,7 +258,7 @@ def test_fields_that_depend_on_the_training_are_taken_from_the_plan(monkeypatch)
         def __init__(self, base_optim, shared_params, **options):
             taken.update(options)
 
-    monkeypatch.setattr(methods, "DualBalancedOptimizer", StandIn)
+    monkeypatch.setattr(steps, "DualBalancedOptimizer", StandIn)
     METHODS["warmup_third"](None, tiny_model(), Plan(TINY_TASKS, 100))
     assert taken == {"warmup_steps": 33}
     taken.clear()
@@ -313,7 +314,7 @@ def test_validation_data_choose_the_step_that_is_scored(monkeypatch):
         return looked[len(states) - 1] if len(states) <= 3 else real(model, batch, tasks, device)
 
     monkeypatch.setattr(training, "evaluate", fake)
-    run = train(tiny_problem(), methods.summed_loss, TINY_TASKS, Training(3, 0.01, seed=0))
+    run = train(tiny_problem(), steps.summed_loss, TINY_TASKS, Training(3, 0.01, seed=0))
     assert run.scored_step == 2
     assert run.validation == looked[1]
     assert torch.equal(states[3], states[1])

@@ -19,19 +19,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.data.problem import Batch, MultiTaskModel, Problem, Task
-from benchmarks.study.methods import (
-    METHODS,
-    SINGLE_TASK,
-    TUNED_WEIGHTS,
-    BuildStep,
-    Plan,
-    StepReport,
-    fixed_weights,
-    summed_loss,
-)
+from benchmarks.study.methods import METHODS, SINGLE_TASK, TUNED_WEIGHTS
 from benchmarks.study.metrics import best_scores, mean_gain
 from benchmarks.study.probe import Probe, Window
 from benchmarks.study.schedules import Schedule
+from benchmarks.study.steps import BuildStep, Plan, StepReport, fixed_weights, summed_loss
 
 ROWS_AT_ONCE = 128
 """Rows of a set that a network scores in one go, where rows can be told apart."""
