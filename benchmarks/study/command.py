@@ -250,10 +250,9 @@ def data_report(folder: Path, data: str) -> str:
         several = len({(row.architecture, row.optimizer, row.schedule) for row in rows}) > 1
         if name != REPORTED[0] and not several:
             continue
-        picture = ""
-        drawn = [row for row in rows if row.delta_p]
-        if name == REPORTED[0]:
-            picture = "time.png"
+        drawn = [row for row in rows if row.delta_p and row.milliseconds is not None]
+        picture = "time.png" if name == REPORTED[0] and drawn else ""
+        if picture:
             PICTURES[name](folder / data / picture, drawn, tasks)
         parts.append(report_text(name, study, rows, records, DATA[data], architectures, picture))
     return "\n".join(parts)
@@ -344,5 +343,5 @@ def _circumstances(record: Record, data: DataSet) -> str:
         "equal weighting with the same seeds, with its bootstrap interval; ranks are means over seeds and metrics. "
         "Baselines of Delta_p are single-task models (stl) with the same optimizer, schedule and seed. Where several "
         "learning rates were run, each method and each single-task model has its best one on validation data. Times "
-        "are from a machine that did other work too."
+        "are of the process, on one thread."
     )

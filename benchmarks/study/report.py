@@ -43,7 +43,7 @@ class Row:
     @property
     def milliseconds(self) -> float | None:
         """Median time of a step over the seeds; None without runs."""
-        times = [run["milliseconds"] for run in self.runs.values()]
+        times = [run["milliseconds"] for run in self.runs.values() if "milliseconds" in run]
         return statistics.median(times) if times else None
 
     @property

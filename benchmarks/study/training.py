@@ -98,7 +98,7 @@ class Run:
         curves: What happened on the way, if anything was recorded.
         windows: Measured gradients, empty without a probe.
         cosines: Cosines between the averaged task gradients after the last step, shape (T, T), where there are any.
-        seconds: Median time of a step, forward pass included, 0 where several networks were trained.
+        seconds: Median time of a step, forward pass included, of the process on a CPU; 0 where several networks were trained.
         tuned: Weights that a search found, by task name.
     """
 
@@ -216,8 +216,10 @@ def _losses(model: MultiTaskModel, batch: Batch, tasks: tuple[Task, ...]) -> dic
 
 
 def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    """Return seconds: of this process alone on a CPU, so that what else runs there does not count."""
+    if device.type == "cpu":
+        return time.process_time()
+    torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 
