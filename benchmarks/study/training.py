@@ -98,7 +98,7 @@ class Run:
         curves: What happened on the way, if anything was recorded.
         windows: Measured gradients, empty without a probe.
         cosines: Cosines between the averaged task gradients after the last step, shape (T, T), where there are any.
-        seconds: Median time of a step, forward pass included, of the process on a CPU; 0 where several networks were trained.
+        seconds: Median time of a step, forward pass included, of the process on a CPU; 0 for several networks.
         tuned: Weights that a search found, by task name.
     """
 
