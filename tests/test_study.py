@@ -832,6 +832,10 @@ def test_the_overview_sets_data_sets_side_by_side(tmp_path, capsys):
     lines = [line for line in (tmp_path / "overview.md").read_text().splitlines() if line.startswith("| ")]
     assert lines[0] == "| data | seeds | equal weighting | log only |"
     assert lines[2] == "| Tiny lines | 2 | +2.5 ± 17.7 | **+16.2 ± 1.8** |"
+    assert lines[-2:] == [
+        "| tiny | hard | adam | cosine | 5 | 2 | ew, log_only |",
+        "| tiny | hard | adam | cosine | 5 | 1 | imtl_l |",
+    ]
     assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")
     command.main(["--report", "--out", str(tmp_path / "nothing")])
     assert "there are no runs" in capsys.readouterr().out

@@ -236,7 +236,8 @@ def report_everything(folder: Path, console: Console) -> None:
     for line in lines:
         (folder / line.data / "report.md").write_text(data_report(folder, line.data), encoding="utf-8")
     save_picture(folder / "overview.png", lines)
-    (folder / "overview.md").write_text(text(lines), encoding="utf-8")
+    records = [record for line in lines for record in load_runs(folder / line.data)]
+    (folder / "overview.md").write_text(text(lines, records), encoding="utf-8")
     console.print(f"{folder / 'overview.md'}, and report.md in {', '.join(line.data for line in lines)}")
 
 

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -20,7 +21,7 @@ from benchmarks.study.files import Record, load_runs
 from benchmarks.study.metrics import Spread
 from benchmarks.study.recommend import CANDIDATES, Gains, ranked, table
 from benchmarks.study.report import EQUAL_WEIGHTING, bootstrap_interval, rows_of
-from benchmarks.study.studies import STUDIES
+from benchmarks.study.studies import STUDIES, is_single_task
 from benchmarks.study.tables import markdown_table
 
 METHODS = {
@@ -95,8 +96,24 @@ def line_of(data: str, records: Iterable[Record]) -> Line:
 # ------------------------------------------------------------------ tables
 
 
-def text(lines: Sequence[Line]) -> str:
-    """Return the overview in Markdown, the best method of each data set in bold."""
+def coverage(records: Iterable[Record]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of what was run: a row for each data set, setting and number of seeds."""
+    seeds: dict[tuple[str, ...], dict[str, set[int]]] = {}
+    for record in records:
+        job = record["job"]
+        if not (is_single_task(job["method"]) or "failed" in record):
+            setting = (job["data"], job["architecture"], job["optimizer"], job["schedule"], str(job["steps"]))
+            seeds.setdefault(setting, {}).setdefault(job["method"], set()).add(job["seed"])
+    rows = []
+    for setting, methods in seeds.items():
+        for count in sorted({len(found) for found in methods.values()}, reverse=True):
+            names = ", ".join(method for method, found in methods.items() if len(found) == count)
+            rows.append([*setting, str(count), names])
+    return ["data", "architecture", "optimizer", "schedule", "steps", "seeds", "methods"], rows
+
+
+def text(lines: Sequence[Line], records: Iterable[Record]) -> str:
+    """Return the overview in Markdown, the best method of each data set in bold, and what was run."""
     used = _used(lines)
     body = []
     for line in lines:
@@ -114,7 +131,10 @@ def text(lines: Sequence[Line]) -> str:
             "# Which setting to try first",
             "Points of Delta_p below the best of equal weighting, log only and DB-MTL, by data set; the least worst "
             "one comes first. The rule is in `benchmarks/study/recommend.py`.",
-            markdown_table(*table(candidates, [line.data for line in lines])) + "\n",
+            markdown_table(*table(candidates, [line.data for line in lines])),
+            "# What was run",
+            "Single-task models were run for every seed and setting.",
+            markdown_table(*coverage(records)) + "\n",
         ]
     )
 
@@ -183,5 +203,5 @@ def _draw(axes: Axes, line: Line, used: Sequence[str]) -> None:
     axes.axvline(0, color="black", linewidth=1)
     axes.grid(axis="x")
     axes.xaxis.set_major_locator(MaxNLocator(3))
-    axes.tick_params(axis="y", labelsize=8)
-    axes.set_title(line.title, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.set_title(fill(line.title, 30), fontsize=8)
