@@ -181,7 +181,7 @@ def shaped(gradients: Mapping[Tensor, Tensor], wrap: Callable[[Tensor, Tensor], 
 
 
 def put(gradients: Mapping[Tensor, Tensor]) -> None:
-    """Add to every `.grad` as `.backward()` does: in place unless one of the two is sparse."""
+    """Add to every `.grad` as `.backward()` does: in place unless what is there is sparse."""
     for parameter, new in gradients.items():
         old = parameter.grad
         if old is None:
@@ -212,10 +212,10 @@ _GRAD_DTYPE = attrgetter("grad_dtype") if hasattr(Tensor, "grad_dtype") else Non
 def laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     """The gradient in the dtype that `.grad` needs and the strides a backward pass would give it."""
     dtype = parameter.dtype if _GRAD_DTYPE is None else _GRAD_DTYPE(parameter) or parameter.dtype
-    if gradient.dtype == dtype and gradient.stride() == parameter.stride():
+    gradient = gradient if gradient.dtype == dtype else gradient.to(dtype)
+    if gradient.layout is not torch.strided or gradient.stride() == parameter.stride():
         return gradient
-    gradient = gradient.to(dtype)
-    if gradient.layout is not torch.strided or gradient.shape != parameter.shape:
+    if gradient.shape != parameter.shape:
         return gradient
     like = torch.empty_like(parameter, dtype=gradient.dtype, requires_grad=False)
     return gradient if gradient.stride() == like.stride() else like.copy_(gradient)

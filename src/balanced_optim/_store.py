@@ -105,16 +105,17 @@ class _Place:
 class _Segment:
     """Parameters of one device and dtype side by side in T flat rows."""
 
-    def __init__(self, members: list[int], places: list[_Place], block: Tensor, share: float) -> None:
+    def __init__(self, members: list[int], places: list[_Place], block: Tensor, share: float, straight: bool) -> None:
         self.members, self.places, self.block, self.share = members, places, block, share
+        # One parameter, averaged straight from its gradient, which is only read.
+        self.straight = straight
         self.rows = list(block.unbind())
         self._views = [places[0].view(row) for row in self.rows]
-        self._alone = len(places) == 1 and not on_device(block.device)
         self._scratch: Tensor | None = None
         self._targets: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "places": self.places, "block": self.block, "share": self.share}
+        return {name: getattr(self, name) for name in ("members", "places", "block", "share", "straight")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -132,7 +133,7 @@ class _Segment:
 
     def _gathered(self, gradients: Sequence[Tensor | None]) -> Tensor:
         wide = accumulation_dtype(self.block.dtype)
-        if self._alone and gradients[0] is not None:
+        if self.straight and gradients[0] is not None:
             return real(gradients[0]).to(wide)
         if self._scratch is None:
             self._scratch = torch.zeros_like(self.rows[0], dtype=wide)
@@ -147,7 +148,7 @@ class _Segment:
     def average(self, task: int, gradient: Tensor | None, keep: Scalar, gain: Scalar, ok: Flag) -> Scalar:
         """row <- keep * row + gain * gradient in place where `ok`; the new row's square."""
         row = self.rows[task]
-        into = self._views[task] if self._alone else row
+        into = self._views[task] if self.straight else row
         if isinstance(ok, Tensor):
             _average_where(row, gradient, torch.as_tensor(keep), torch.as_tensor(gain), ok)
         elif gradient is None:
@@ -174,7 +175,9 @@ class _Segment:
         dtype = accumulation_dtype(self.block.dtype)
         weights = weights.to(self.block.device, dtype)
         if self.block.dtype == dtype:
-            return torch.mv(self.block.t(), weights)
+            # The caller may be under autocast, which would multiply in half precision.
+            with torch.autocast(weights.device.type, enabled=False):
+                return torch.mv(self.block.t(), weights)
         out = torch.zeros_like(self.rows[0], dtype=dtype)
         for row, weight in zip(self.rows, weights.unbind(), strict=True):
             out.addcmul_(row.to(dtype), weight)
@@ -187,7 +190,8 @@ def _average_where(row: Tensor, gradient: Tensor | None, keep: Tensor, gain: Ten
     if gradient is None:
         row.mul_(torch.where(ok, keep.to(row.device), 1.0).to(row.dtype))
         return
-    # A weight of 0 leaves the row as it is, bit for bit, once the NaN that refused it is gone.
+    # A weight of 0 leaves the row as it is, bit for bit, once the NaN that refused it is gone. `keep` is 1 - `gain`, or 0
+    # for a row that is still zeros.
     gradient.masked_fill_(~ok, 0.0)
     weight = torch.where(ok, gain.to(row.device), 0.0).to(wide)
     if row.dtype == wide:
@@ -232,18 +236,18 @@ class FlatGradientBuffer(Judge):
         shares = self.ranks.shares or [1.0] * len(parameters)
         together: dict[tuple[torch.device, torch.dtype, float, int], list[int]] = {}
         for index, parameter in enumerate(parameters):
-            alone = not on_device(parameter.device) and parameter.numel() >= _ALONE
+            alone = not on_device(self.device) and parameter.device.type == "cpu" and parameter.numel() >= _ALONE
             kind = parameter.device, dtype or accumulation_dtype(parameter.dtype), shares[index], index if alone else -1
             together.setdefault(kind, []).append(index)
         self._segments: list[_Segment] = []
-        for (where, row, share, _), members in together.items():
+        for (where, row, share, alone), members in together.items():
             places, end = [], 0
             for index in members:
                 places.append(_place(parameters[index], end))
                 end += math.ceil(places[-1].size / _ALIGNMENT) * _ALIGNMENT
             # Rows of no length would lie at odd places, where there can be no complex numbers.
             block = torch.zeros(tasks, max(end, _ALIGNMENT), device=where, dtype=row)
-            self._segments.append(_Segment(members, places, block, share))
+            self._segments.append(_Segment(members, places, block, share, alone >= 0))
         wide = any(segment.block.dtype == torch.float64 for segment in self._segments)
         self.norm_dtype = torch.float64 if wide else torch.float32
 
@@ -307,7 +311,6 @@ class FlatGradientBuffer(Judge):
         for segment in self._segments:
             for columns in torch.split(segment.block, _GRAM_PIECE, 1):
                 wide = columns.to(accumulation_dtype(columns.dtype))
-                # The caller may be under autocast, which would multiply in half precision.
                 with torch.autocast(wide.device.type, enabled=False):
                     total += segment.share * (wide @ wide.t()).to(total.device, dtype)
         return self.ranks.total(total)
