@@ -16,6 +16,8 @@ from torch import Tensor
 from ._numbers import Flag
 
 Gradients = list[Tensor | None]
+# Norms, gradients of heads and reached parameters: of this rank, and then of all.
+Heard = tuple[Tensor, dict[Tensor, Tensor], set[Tensor]]
 Take = Callable[..., Gradients]
 
 # How to compile for several backward passes over one graph.
@@ -50,7 +52,7 @@ Passes = Generator[Pass, None, None]
 @contextmanager
 def set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Take every `.grad` that is there, and give it back at the end, whatever happens."""
-    before = taken(parameters)
+    before = pop_gradients(parameters)
     try:
         yield
     finally:
@@ -58,7 +60,7 @@ def set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def taken(parameters: Iterable[Tensor]) -> Gradients:
+def pop_gradients(parameters: Iterable[Tensor]) -> Gradients:
     """Every parameter's `.grad`, which is None afterwards."""
     gradients = [parameter.grad for parameter in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -106,7 +108,7 @@ def take_backward(
         if (text := remedy_for(str(error), names)) is None:
             raise
         raise RuntimeError(text) from error
-    return taken(parameters)
+    return pop_gradients(parameters)
 
 
 def take_grad(
@@ -130,7 +132,7 @@ def take_grad(
         if (text := remedy_for(str(error), names)) is None:
             raise
         raise RuntimeError(text) from error
-    if any(gradient is not None for gradient in taken(parameters)):
+    if any(gradient is not None for gradient in pop_gradients(parameters)):
         raise RuntimeError(hidden_part(names))
     found = dict(zip(kept, gradients, strict=True))
     return [found.get(parameter) for parameter in parameters]

@@ -203,6 +203,7 @@ def target_norm(norms: Tensor, counts: Tensor, norm_target: str | float) -> Tens
         largest = counted.amax()
         shares = torch.where(largest > 0, counted / largest, 0.0)
         return largest * (shares.square().sum() / number).sqrt()
+    # "median" or "min".
     ascending = norms.masked_fill(~counts, torch.inf).sort().values
     # Indices stay tensors: a Python index would wait for the device.
     last = number - 1

@@ -15,7 +15,7 @@ from torch import Tensor
 from ._losses import TaskLosses
 from ._members import Layout
 from ._numbers import Flag, add_gradients, dense
-from ._passes import Gradients, Pass, Passes, Take, given_once
+from ._passes import Gradients, Heard, Pass, Passes, Take, given_once
 from ._rule import Rule, Terms
 from ._state import Averages
 
@@ -78,13 +78,13 @@ class Step:
     averages: Sequence[Mapping[int, Tensor]] | None = None
 
 
-Close = Callable[..., tuple[Tensor, dict[Tensor, Tensor], set[Tensor]]]
+Close = Callable[[Tensor, dict[Tensor, Tensor], set[Tensor]], Heard]
 
 
 def task_passes(
     batch: Batch, take: Take, *, inputs: Sequence[Tensor] | None = None, keep_graph: bool = False
 ) -> Passes:
-    """The source of the exact form: one backward pass a task. A task that is elsewhere only brings zeros."""
+    """The source of the exact form: one backward pass a task. One that only other ranks have brings nothing here."""
     layout, losses = batch.layout, batch.losses
     number = len(layout.averaged)
     # All that a pass may fill is taken over, whatever is asked for.
