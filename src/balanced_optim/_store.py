@@ -190,8 +190,8 @@ def _average_where(row: Tensor, gradient: Tensor | None, keep: Tensor, gain: Ten
     if gradient is None:
         row.mul_(torch.where(ok, keep.to(row.device), 1.0).to(row.dtype))
         return
-    # A weight of 0 leaves the row as it is, bit for bit, once the NaN that refused it is gone. `keep` is 1 - `gain`, or 0
-    # for a row that is still zeros.
+    # A weight of 0 leaves the row as it is, bit for bit, once the NaN that refused it is gone. `keep` is 1 - `gain`, or
+    # 0 for a row that is still zeros.
     gradient.masked_fill_(~ok, 0.0)
     weight = torch.where(ok, gain.to(row.device), 0.0).to(wide)
     if row.dtype == wide:
@@ -240,14 +240,14 @@ class FlatGradientBuffer(Judge):
             kind = parameter.device, dtype or accumulation_dtype(parameter.dtype), shares[index], index if alone else -1
             together.setdefault(kind, []).append(index)
         self._segments: list[_Segment] = []
-        for (where, row, share, alone), members in together.items():
+        for (where, row, share, own), members in together.items():
             places, end = [], 0
             for index in members:
                 places.append(_place(parameters[index], end))
                 end += math.ceil(places[-1].size / _ALIGNMENT) * _ALIGNMENT
             # Rows of no length would lie at odd places, where there can be no complex numbers.
             block = torch.zeros(tasks, max(end, _ALIGNMENT), device=where, dtype=row)
-            self._segments.append(_Segment(members, places, block, share, alone >= 0))
+            self._segments.append(_Segment(members, places, block, share, own >= 0))
         wide = any(segment.block.dtype == torch.float64 for segment in self._segments)
         self.norm_dtype = torch.float64 if wide else torch.float32
 
