@@ -40,7 +40,8 @@ def test_a_whole_balanced_step_in_a_cuda_graph_equals_eager_steps(device):
         pytest.skip("needs a CUDA device")
     example = doctest.DocTestParser().get_examples(PAGE[: PAGE.index("## Does it help")])
     shown = "".join(line.source for line in example)
-    captured = next(block for block in re.findall(r"```\n(.*?)```", PAGE, re.DOTALL) if "torch.cuda.graph(" in block)
+    blocks = re.findall(r"^```\w*\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    captured = next(block for block in blocks if "torch.cuda.graph(" in block)
     capture, replays = captured.split("for batch in loader:\n")
     weights = []
     for eager in (True, False):
