@@ -913,7 +913,7 @@ def test_cosines_are_those_of_the_rows(beta):
     recording = Recording()
     net, optimizer = build(tasks=3, beta=beta, aggregator=recording)
     train(net, optimizer, 3)
-    rows = nn.functional.normalize(recording.seen[-1].double())
+    rows = nn.functional.normalize(recording.seen[-1])
     torch.testing.assert_close(optimizer.gradient_cosines(), rows @ rows.t(), rtol=1e-5, atol=1e-6)
 
 

@@ -16,9 +16,10 @@ from ._losses import Losses, Samples, describe_bad_loss
 from ._meeting import Alone, Ranks
 from ._members import Layout
 from ._micro_batches import MicroBatches, no_micro_batches
-from ._passes import Pass, set_aside
+from ._passes import Pass, explained, set_aside
 from ._scaling import unscaled
 from ._step import by_parameter
+from ._verdict import stepped, versions_of
 
 
 def accumulate(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, samples: Samples) -> None:
@@ -73,7 +74,7 @@ def _check_values(parts: Parts, given: Given) -> None:
 def _add_passes(total: MicroBatches, ranks: Alone, layout: Layout, given: Given) -> None:
     """The passes of one micro-batch, added to `total`."""
     losses, samples = given.losses, given.samples
-    everything = [*layout.shared, *layout.heads]
+    everything, versions = [*layout.shared, *layout.heads], versions_of(layout.shared)
     if any(given.marked) and len(losses.present) > 1:
         starts = torch.ones_like(given.values).unbind()
         check_replay(ranks.take, losses.losses, starts, losses.names, layout.parameters, given.marked)
@@ -81,13 +82,16 @@ def _add_passes(total: MicroBatches, ranks: Alone, layout: Layout, given: Given)
         # Where passes add up the ranks' gradients, each must bring its number of samples along.
         own = samples[task] * ranks.averaging if ranks.reduces_in_passes else 1.0
         start = torch.full_like(given.values[task], own)
-        found = ranks.take(
-            [losses.loss(task)],
-            [start if given.scale is None else start * given.scale],
-            [losses.names[task]],
-            everything,
-            retain_graph=task != losses.present[-1],
-        )
+        with explained(losses.names[task], task == losses.present[0]):
+            found = ranks.take(
+                [losses.loss(task)],
+                [start if given.scale is None else start * given.scale],
+                [losses.names[task]],
+                everything,
+                retain_graph=task != losses.present[-1],
+            )
+        if task == losses.present[0] and versions_of(layout.shared) != versions:
+            raise RuntimeError(stepped(losses.names[task]))
         one = Pass(task, [], by_parameter(everything, found))
         one = one if given.scale is None else next(unscaled((each for each in [one]), given.scale))
         total.add(task, one.rest, 1.0 if ranks.reduces_in_passes else samples[task])

@@ -56,7 +56,7 @@ def aggregated_step(
     if not isinstance(store, FlatGradientBuffer):
         raise TypeError("an aggregator needs rows")
     averages = store.averages()
-    matrix = _matrix(averages, number)
+    matrix = _matrix(averages, number, store.device)
     norms = torch.full((number,), math.nan, dtype=matrix.dtype, device=store.device)
     rest: dict[Tensor, Tensor] = {}
     reached: set[Tensor] = set()
@@ -107,13 +107,13 @@ def _combined(
     return Step(norms, weights, bool(shared), shared, rest, reached, batch.present, ok, averages)
 
 
-def _matrix(averages: Sequence[Sequence[Tensor]], tasks: int) -> Tensor:
+def _matrix(averages: Sequence[Sequence[Tensor]], tasks: int, device: torch.device) -> Tensor:
     """Zeros of shape (T, n), n counting complex parameters as pairs, of float32 or wider."""
     parts = [real(rows[0]) for rows in averages]
     dtype = torch.float32
     for part in parts:
         dtype = torch.promote_types(dtype, accumulation_dtype(part.dtype))
-    return torch.zeros(tasks, sum(part.numel() for part in parts), dtype=dtype, device=parts[0].device)
+    return torch.zeros(tasks, sum(part.numel() for part in parts), dtype=dtype, device=device)
 
 
 def _as_stored(one: Pass, averages: Sequence[Sequence[Tensor]], device: torch.device) -> Flag:

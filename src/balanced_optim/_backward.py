@@ -21,7 +21,7 @@ from ._losses import Losses, Samples
 from ._meeting import Alone
 from ._members import Layout
 from ._micro_batches import Means, MicroBatches, with_earlier
-from ._one_backward import is_measured, joint_pass, note, one_backward_step, outside_heads, with_joint_earlier
+from ._one_backward import is_measured, joint_pass, note, one_backward_step, with_joint_earlier
 from ._passes import Passes, set_aside
 from ._rule import Balance
 from ._scaling import Held, scaled, unscaled
@@ -33,6 +33,7 @@ from ._verdict import (
     reaches_nothing,
     stepped,
     verdict,
+    versions_of,
     warn_of_outside,
     warn_of_unreached,
     warn_of_world,
@@ -49,8 +50,7 @@ def backward(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, s
         given = meet(parts, layout, ranks, "backward()", losses, scaler, samples)
         earlier: MicroBatches | None = parts.pending.micro_batches
         if (parts.members.joint or earlier is not None) and ranks.outside_get_gradients:
-            find = outside_heads if parts.members.joint else outside_of
-            layout = layout.with_heads(find(given.losses.given, layout.parameters))
+            layout = layout.with_heads(outside_of(given.losses.given, layout.parameters))
         warn_of_outside(parts, given, layout, ranks)
         batch, mean = make_batch(parts, layout, ranks, given)
         held = None if given.scale is None else Held(batch.terms, ranks, device_of(layout))
@@ -127,7 +127,7 @@ def _step(parts: Parts, batch: Batch, mean: Means, ranks: Alone, given: Given, h
         return staged(_reaching(passes, parts, batch, ranks), batch.running, layout.averaged)
 
     def joint_passes(weights: Tensor, counted: list[int], with_heads: bool) -> Passes:
-        passes = joint_pass(batch, ranks.take, weights, counted, with_heads, not ranks.reduces_in_passes)
+        passes = joint_pass(batch, ranks.take, weights, counted, with_heads)
         passes = _checked(passes, parts, batch, ranks, given) if with_heads else passes
         passes = passes if given.scale is None else unscaled(passes, given.scale)
         if earlier is not None and mean.earlier is not None:
@@ -160,9 +160,9 @@ def _checked(passes: Passes, parts: Parts, batch: Batch, ranks: Alone, given: Gi
 
 def _reaching(passes: Passes, parts: Parts, batch: Batch, ranks: Alone) -> Passes:
     """Stage: refuse a task that this rank has, if it reaches nothing to average although something can be reached."""
-    versions = [parameter._version for parameter in batch.layout.shared]
+    versions = versions_of(batch.layout.shared)
     for number, one in enumerate(passes):
-        if number == 0 and [parameter._version for parameter in batch.layout.shared] != versions:
+        if number == 0 and versions_of(batch.layout.shared) != versions:
             raise RuntimeError(stepped(batch.losses.names[one.task]))
         if all(gradient is None for gradient in one.shared) and not parts.members.all_frozen:
             here = batch.losses.losses[one.task] is not None or one.rest

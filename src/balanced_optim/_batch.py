@@ -11,12 +11,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._aggregator import Aggregator
-from ._graph import unverified
+from ._graph import outside_of, unverified
 from ._losses import Losses, Samples, TaskLosses, read_losses, read_samples
 from ._meeting import Alone, Ranks, Totals
 from ._members import Layout, Members, are_same
 from ._micro_batches import Means, means, sums_with
 from ._numbers import Scalar, on_device
+from ._passes import set_aside, take_grad
 from ._processes import ALONE, Processes
 from ._rule import Rule, Terms, schedule
 from ._running_sum import RunningSum
@@ -121,8 +122,22 @@ def read(parts: Parts, layout: Layout, ranks: Alone, losses: Losses, scaler: Any
         check_unscaled(batch, scaler if scaler is not None and scaler.is_enabled() else None, rule.logs(batch.names))
     device = device_of(layout)
     counted = read_samples(samples, batch, may_be_zero=isinstance(ranks, Ranks))
+    if isinstance(ranks, Ranks) and not ranks.reduces_in_passes:
+        _refuse_hidden(parts, layout, batch)
     marked = [bool(new) for new in unverified(batch.losses)]
     return Given(batch, counted, scale_of(scaler, device), batch.values(device), marked, None)
+
+
+def _refuse_hidden(parts: Parts, layout: Layout, batch: TaskLosses) -> None:
+    """Once for each task: with ranks a pass asks for parameters only, so that hooks on other leaves would not run."""
+    new = {name: loss for name, loss in zip(batch.names, batch.losses, strict=True) if loss is not None}
+    new = {name: loss for name, loss in new.items() if f"hidden {name}" not in parts.pending.said}
+    outside = outside_of(list(new.values()), layout.parameters)
+    if outside:
+        starts = [torch.ones_like(loss, requires_grad=False) for loss in new.values()]
+        with set_aside(layout.parameters):
+            take_grad(list(new.values()), starts, list(new), layout.parameters, retain_graph=True, inputs=outside)
+    parts.pending.said.update(f"hidden {name}" for name in new)
 
 
 def device_of(layout: Layout) -> torch.device:

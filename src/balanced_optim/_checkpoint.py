@@ -99,7 +99,7 @@ def _room(parts: Parts, saved: Saved, layout: Layout) -> Averages:
 def _fill(known: Averages, header: dict[str, Any], rows: dict[Tensor, list[Tensor]], parts: Parts) -> None:
     """Write a checkpoint's numbers in place."""
     missing: list[None] = [None] * len(known.tasks)
-    known.counts.copy_(torch.tensor(header["counts"]))
+    known.counts.copy_(torch.tensor(header["counts"], device=known.counts.device))
     known.batches.fill_(header["batches"])
     known.ages[:] = header["ages"]
     set_weights(known, parts.state.task_weights)
@@ -112,7 +112,8 @@ def _fill(known: Averages, header: dict[str, Any], rows: dict[Tensor, list[Tenso
 
 def set_weights(known: Averages, weights: list[float] | None) -> None:
     """Set the priorities in place."""
-    known.task_weights.copy_(torch.tensor(weights or [1.0] * len(known.tasks), dtype=known.task_weights.dtype))
+    old = known.task_weights
+    old.copy_(torch.tensor(weights or [1.0] * len(known.tasks), dtype=old.dtype, device=old.device))
 
 
 def start_anew(parts: Parts) -> None:

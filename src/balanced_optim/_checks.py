@@ -159,9 +159,9 @@ def read_task_weights(
 def needs_more(text: str, base_optim: Optimizer) -> str | None:
     """Why a base optimizer's step failed, where it needs what a balanced step cannot give; None for any other error."""
     name = type(base_optim).__name__
-    if "closure" in text:
+    if "closure" in text or text == "'NoneType' object is not callable":
         return f"base_optim must step without a closure, but {name} needs one ({text}); use a first-order optimizer"
-    if "create_graph" in text or "does not require grad" in text or "grad_fn" in text:
+    if any(word in text for word in ("create_graph", "does not require grad", "grad_fn", "hessian", "Hessian")):
         return (
             f"base_optim must step on plain gradients, but {name} differentiates them again ({text}); "
             "balanced gradients "

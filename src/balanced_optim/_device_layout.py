@@ -46,7 +46,9 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def moved(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A vector in one piece at an even address, since a kernel compiles anew for an odd one; nobody waits for it."""
-    vector = torch.as_tensor(values, dtype=dtype).to(device, non_blocking=True).contiguous()
+    # Made on the host, whatever the default device.
+    vector = values if isinstance(values, Tensor) else torch.tensor(values, dtype=dtype, device="cpu")
+    vector = vector.to(device=device, dtype=dtype, non_blocking=True).contiguous()
     return vector.clone() if vector.data_ptr() % 16 else vector
 
 
@@ -191,10 +193,10 @@ class PinnedTables:
             return torch.tensor(words, dtype=torch.int64, device=device)
         if not torch.cuda.is_current_stream_capturing():
             self._set_aside(len(words))
-            return torch.tensor(words, dtype=torch.int64, pin_memory=True).to(device, non_blocking=True)
+            return torch.tensor(words, dtype=torch.int64, device="cpu", pin_memory=True).to(device, non_blocking=True)
         if not self.spare or len(words) > len(self.spare[-1]):
             raise RuntimeError("a batch like this one must run once before it is captured in a CUDA graph")
-        self.kept.append(self.spare.pop()[: len(words)].copy_(torch.tensor(words, dtype=torch.int64)))
+        self.kept.append(self.spare.pop()[: len(words)].copy_(torch.tensor(words, dtype=torch.int64, device="cpu")))
         return self.kept[-1].to(device, non_blocking=True)
 
     def _set_aside(self, words: int) -> None:
@@ -204,4 +206,4 @@ class PinnedTables:
             self.spare = []
         width = len(self.spare[0]) if self.spare else words
         while len(self.spare) < self.used:
-            self.spare.append(torch.empty(width, dtype=torch.int64, pin_memory=True))
+            self.spare.append(torch.empty(width, dtype=torch.int64, device="cpu", pin_memory=True))

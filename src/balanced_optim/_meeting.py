@@ -168,7 +168,7 @@ class Ranks(Alone):
         mine = torch.zeros(_ROWS, max(tasks, _ROOM), dtype=torch.float64, device=self._device)
         if sums is not None:
             mine[0, :tasks] = sums
-            mine[1:, :tasks] = torch.tensor(by_task, dtype=torch.float64)
+            mine[1:, :tasks] = torch.tensor(by_task, dtype=torch.float64, device=self._device)
         wide = sums is not None and sums.dtype == torch.float64
         numbers = [error is not None, _digest(facts), 0.0, tasks, wide]
         header = torch.tensor(numbers, dtype=torch.float64, device=self._device)

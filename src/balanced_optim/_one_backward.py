@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ._graph import outside_of
 from ._micro_batches import MicroBatches, added, sum_of
 from ._numbers import Flag, dense, on_device
-from ._passes import Gradients, Pass, Passes, Take, hidden_part
+from ._passes import Gradients, Pass, Passes, Take
 from ._rule import Rule
 from ._state import Averages
 from ._step import Batch, Close, Step, add_rest, apart, by_parameter
@@ -71,8 +70,7 @@ def _zeros_unless(ok: Flag, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Ten
     """The gradients, or zeros where something in them is not finite; whose fault it is cannot be told any more."""
     if ok is True:
         return gradients
-    flag = torch.as_tensor(ok)
-    return {p: torch.where(flag.to(g.device), dense(g), 0.0) for p, g in gradients.items()}
+    return {p: torch.where(torch.as_tensor(ok, device=g.device), dense(g), 0.0) for p, g in gradients.items()}
 
 
 def _known_norms(batch: Batch) -> Tensor:
@@ -93,9 +91,7 @@ def _counted(batch: Batch, norms: Tensor) -> list[int]:
     return [task for task in batch.running if not math.isnan(sizes[task])]
 
 
-def joint_pass(
-    batch: Batch, take: Take, weights: Tensor, counted: Sequence[int], with_heads: bool, stops: bool
-) -> Passes:
+def joint_pass(batch: Batch, take: Take, weights: Tensor, counted: Sequence[int], with_heads: bool) -> Passes:
     """The source of the joint pass: first the heads, each by its own log-loss, then what is shared, by weight.
 
     Args:
@@ -104,7 +100,6 @@ def joint_pass(
         weights: w_t, (T,).
         counted: the tasks that count.
         with_heads: False where the short passes have brought the heads' gradients.
-        stops: whether a pass stops where it is asked to.
     """
     layout = batch.layout
     here = [task for task in counted if batch.losses.losses[task] is not None]
@@ -112,10 +107,13 @@ def joint_pass(
     if with_heads:
         # Not a product with 0: the start of a bad loss may be NaN.
         starts = batch.starts.masked_fill(~batch.starts.isfinite(), 0.0)
-        rest = _joint(batch, take, here, starts, layout.heads, retain_graph=True, stops=stops)
+        rest = _joint(batch, take, here, starts, layout.heads, retain_graph=True)
     starts = (batch.starts * weights).masked_fill(~(weights > 0), 0.0)
-    shared = _joint(batch, take, here, starts, layout.shared, retain_graph=False, stops=stops)
-    yield Pass(-1, shared, by_parameter(layout.heads, rest))
+    # Leaves outside the optimizer are asked for as well: a hook there may run a backward pass into what is shared.
+    known = set(layout.parameters)
+    wanted = [*layout.shared, *(leaf for leaf in layout.heads if leaf not in known)]
+    found = _joint(batch, take, here, starts, wanted, retain_graph=False)
+    yield Pass(-1, found[: len(layout.shared)], by_parameter(layout.heads, rest))
 
 
 def _joint(
@@ -126,7 +124,6 @@ def _joint(
     wanted: Sequence[Tensor],
     *,
     retain_graph: bool,
-    stops: bool,
 ) -> Gradients:
     """One pass from several losses to some of the parameters."""
     inputs = [parameter for parameter in wanted if parameter.requires_grad]
@@ -138,8 +135,6 @@ def _joint(
         everything,
         take(losses, [each[task] for task in tasks], names, everything, retain_graph=retain_graph, inputs=inputs),
     )
-    if stops and len(found) > sum(parameter in found for parameter in inputs):
-        raise RuntimeError(hidden_part(names))
     return [found.get(parameter) for parameter in wanted]
 
 
@@ -159,18 +154,6 @@ def with_joint_earlier(
     more = {p: g for p, g in shared.items() if p in inside} | {p: g for p, g in heads.items() if p not in inside}
     for one in passes:
         yield added(one, more, batch.layout.shared)
-
-
-def outside_heads(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Leaves of the graph that are not in the optimizer and get a `.grad` all the same.
-
-    Raises:
-        RuntimeError: one of them has a hook, which may run a backward pass of its own; a joint pass would lose it.
-    """
-    outside = outside_of(losses, parameters)
-    if any(leaf._backward_hooks for leaf in outside):
-        raise RuntimeError(hidden_part(["with a hook on a leaf"]))
-    return outside
 
 
 def note(step: Step, known: Averages) -> None:

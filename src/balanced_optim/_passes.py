@@ -108,7 +108,10 @@ def take_backward(
         if (text := remedy_for(str(error), names)) is None:
             raise
         raise RuntimeError(text) from error
-    return pop_gradients(parameters)
+    found = pop_gradients(parameters)
+    if inputs is not None and not {p for p, g in zip(parameters, found, strict=True) if g is not None} <= set(inputs):
+        raise RuntimeError(hidden_part(names))
+    return found
 
 
 def take_grad(
@@ -169,12 +172,16 @@ def remedy_for(text: str, names: Sequence[str]) -> str | None:
     return None
 
 
-def given_once(error: LookupError, name: str) -> RuntimeError:
-    """What a pass after the first has to say where a hook looked up something that is no longer there."""
-    return RuntimeError(
-        f"the backward pass of task {name!r} failed with {type(error).__name__}: {error}, after that of "
-        "another task went "
-        "well; balancing makes one backward pass a task over one graph, so hooks on saved tensors "
-        "(activation offloading) "
-        "must give a tensor back as often as they are asked, not once"
-    )
+@contextmanager
+def explained(name: str, first: bool) -> Iterator[None]:
+    """Say what an error may mean in a pass after the `first`, where something is no longer there."""
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError) as error:
+        if first:
+            raise
+        raise RuntimeError(
+            f"the backward pass of task {name!r} failed with {type(error).__name__}: {error}, after that of another "
+            "task went well; balancing makes one backward pass a task over one graph, so hooks on saved tensors "
+            "(activation offloading) must give a tensor back as often as they are asked, not once"
+        ) from error

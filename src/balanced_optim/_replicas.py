@@ -148,7 +148,7 @@ class Replicas(Ranks):
         everything = [*self._shared, *self._heads]
         bundle = self._last.get(len(norms)) or self._renew(len(norms))
         bits = [self._failure is not None, *(p in self._reached or p in rest for p in everything)]
-        known = torch.tensor(bits, dtype=bundle.extra.dtype).to(bundle.extra.device)
+        known = torch.tensor(bits, dtype=bundle.extra.dtype, device=bundle.extra.device)
         own = norms.to(bundle.extra.device, bundle.extra.dtype)
         # Unlike machines must not drift apart: rank 0's norms are everybody's.
         bundle.extra.copy_(torch.cat([known, own if self._rank == 0 else torch.zeros_like(own)]))

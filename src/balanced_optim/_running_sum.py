@@ -19,7 +19,6 @@ from ._numbers import (
     squares_of,
     stack_scalars,
     total_of,
-    widest,
 )
 from ._passes import Gradients, Pass
 from ._rule import Terms
@@ -75,9 +74,11 @@ class RunningSum(Judge):
         if ok is False:
             return ok
         counted = squares if self.ranks.shares is None else self._counted(wide)
-        square = self.ranks.total(stack_scalars([total_of(counted, self.device)], widest(self.device), self.device))
-        norm = square.sqrt().to(self.norm_dtype)[0] if on_device(self.device) else math.sqrt(square.item())
-        self.note(one.task, total_of(counted, self.device), ok)
+        own = total_of(counted, self.device)
+        norm: Scalar = self._roots([own])[0]
+        if not on_device(self.device):
+            norm = float(norm) if self.ranks.agrees else math.sqrt(own)
+        self.note(one.task, own, ok)
         scale = self._scales[one.task] = self._scale(one.task, norm, ok)
         self._take_in(wide, scale, ok)
         return ok

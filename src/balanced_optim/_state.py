@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._numbers import widest
 from ._rule import Balance
 from ._running_sum import RunningSum
 from ._store import FlatGradientBuffer
@@ -54,7 +54,7 @@ def new_averages(tasks: tuple[str, ...], named: bool, store: Store, rows: list[T
         rows,
         torch.zeros(number, dtype=torch.int64, device=device),
         torch.zeros((), dtype=torch.int64, device=device),
-        torch.tensor(weights or [1.0] * number, dtype=widest(device), device=device),
+        torch.tensor(weights or [1.0] * number, dtype=store.norm_dtype, device=device),
         [0] * number,
         torch.zeros(number, dtype=store.norm_dtype, device=device),
     )
@@ -128,8 +128,16 @@ class Pending:
         self.waiting = self.skip_next_step = False
 
 
-def say_once(pending: Pending, key: str, text: str, stacklevel: int) -> None:
+def say_once(pending: Pending, key: str, text: str) -> None:
     """Warn, but not again."""
     if key not in pending.said:
         pending.said.add(key)
-        warnings.warn(text, stacklevel=stacklevel + 1)
+        warn(text)
+
+
+def warn(text: str) -> None:
+    """Warn at the line that called this library; what torch puts around methods lies between."""
+    frame, level = inspect.currentframe(), 1
+    while frame is not None and str(frame.f_globals.get("__name__")).split(".")[0] in (__package__, "torch"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(text, stacklevel=level)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
-from ._state import State
+from ._state import State, warn
 
 VERSION = 3
 KEY = "balanced_optim"
@@ -142,10 +141,9 @@ def _read_header(text: object) -> dict[str, Any]:
         if not isinstance(numbers, list) or not all(isinstance(number, int) and number >= 0 for number in numbers):
             raise ValueError(f"state dict must hold {name} that are whole numbers >= 0, got {numbers!r}")
     if header.get("aggregator"):
-        warnings.warn(
+        warn(
             "the state dict holds what an aggregator remembered under version 0.1, which is ignored: save and load a "
-            "stateful aggregator beside the optimizer, as you do with a scaler",
-            stacklevel=5,
+            "stateful aggregator beside the optimizer, as you do with a scaler"
         )
     header["tasks"] = None if header["tasks"] is None else tuple(header["tasks"])
     # What version 2 does not hold.

@@ -15,7 +15,7 @@ from torch import Tensor
 from ._losses import TaskLosses
 from ._members import Layout
 from ._numbers import Flag, add_gradients, dense
-from ._passes import Gradients, Heard, Pass, Passes, Take, given_once
+from ._passes import Gradients, Heard, Pass, Passes, Take, explained
 from ._rule import Rule, Terms
 from ._state import Averages
 
@@ -94,7 +94,7 @@ def task_passes(
         if task not in here:
             yield Pass(task, [None] * number)
             continue
-        try:
+        with explained(losses.names[task], task == here[0]):
             found = take(
                 [losses.loss(task)],
                 [batch.starts[task]],
@@ -103,10 +103,6 @@ def task_passes(
                 retain_graph=keep_graph or task != here[-1],
                 inputs=inputs,
             )
-        except LookupError as error:
-            if task == here[0]:
-                raise
-            raise given_once(error, losses.names[task]) from error
         yield Pass(task, found[:number], by_parameter(layout.heads, found[first_head:]))
 
 

@@ -73,13 +73,20 @@ class Judge:
 
     def note(self, task: int, square: Scalar, ok: Flag) -> None:
         if isinstance(ok, Tensor):
-            square = torch.where(ok, torch.as_tensor(square), math.nan)
+            square = torch.where(ok, torch.as_tensor(square, device=ok.device), math.nan)
         self._squares[task] = square if ok is not False else math.nan
 
     def norms(self) -> Tensor:
         """||ema_t|| of every task, shape (T,); NaN where it was absent or refused."""
-        squares = stack_scalars(self._squares, widest(self.device), self.device)
-        return self.ranks.total(squares).sqrt().to(self.norm_dtype)
+        return self._roots(self._squares)
+
+    def _roots(self, squares: Sequence[Scalar]) -> Tensor:
+        """Norms from the squares that this rank has."""
+        if self.ranks.agrees or on_device(self.device):
+            total = self.ranks.total(stack_scalars(squares, widest(self.device), self.device))
+            return total.sqrt().to(self.norm_dtype)
+        # In Python's double precision, of which a float32 model makes no tensor.
+        return stack_scalars([math.sqrt(square) for square in squares], self.norm_dtype, self.device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +157,7 @@ class _Segment:
         row = self.rows[task]
         into = self._views[task] if self.straight else row
         if isinstance(ok, Tensor):
-            _average_where(row, gradient, torch.as_tensor(keep), torch.as_tensor(gain), ok)
+            _average_where(row, gradient, *(torch.as_tensor(v, device=row.device) for v in (keep, gain)), ok)
         elif gradient is None:
             into.mul_(keep)
         elif row.dtype != gradient.dtype:
@@ -288,7 +295,7 @@ class FlatGradientBuffer(Judge):
             total_of([weighed(square_of(segment.rows[task]), segment.share) for segment in self._segments], self.device)
             for task in range(self.tasks)
         ]
-        return self.ranks.total(stack_scalars(squares, widest(self.device), self.device)).sqrt().to(self.norm_dtype)
+        return self._roots(squares)
 
     def averages(self) -> list[list[Tensor]]:
         """For each parameter its T averages, shaped like it: views of the rows, valid until the next step."""
@@ -306,7 +313,7 @@ class FlatGradientBuffer(Judge):
 
     def gram(self) -> Tensor:
         """<ema_s, ema_t> for every pair of tasks, shape (T, T); one read of the rows."""
-        dtype = widest(self.device) if self.norm_dtype == torch.float64 or self.device.type == "cpu" else torch.float32
+        dtype = self.norm_dtype
         total = torch.zeros(self.tasks, self.tasks, device=self.device, dtype=dtype)
         for segment in self._segments:
             for columns in torch.split(segment.block, _GRAM_PIECE, 1):

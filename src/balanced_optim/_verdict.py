@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from ._batch import Given, Parts, logged_of
 from ._graph import outside_of
@@ -70,7 +72,6 @@ def bad_loss(parts: Parts, batch: Batch, given: Given) -> ValueError | None:
                     "nonfinite='skip' leaves the batch out, as it will every such batch; for a loss that can "
                     "be negative "
                     f"pass log_transform={{{names[task]!r}: False}}",
-                    stacklevel=5,
                 )
             return ValueError(describe_bad_loss(names[task], value, rule.eps, logs[task], rank))
     return None
@@ -82,6 +83,11 @@ def _bad_gradient(whose: str) -> str:
         "sqrt, norm, log or a division at 0 in the loss, or for a loss or ema_dtype of half precision that cannot hold "
         "1 / (loss + eps); or pass nonfinite='skip' to leave such batches out"
     )
+
+
+def versions_of(parameters: Sequence[Tensor]) -> list[int]:
+    """How often each parameter was written to."""
+    return [parameter._version for parameter in parameters]
 
 
 def stepped(name: str) -> str:
@@ -122,8 +128,7 @@ def warn_of_unreached(parts: Parts, layout: Layout, step: Step) -> None:
             parts.pending,
             "some unreached",
             f"no task reaches {len(unreached)} of the shared parameters (the first has shape {unreached[0]}); "
-            "they get no gradient",
-            stacklevel=6,
+            "they get no gradient; or a hook takes their .grad inside the pass",
         )
 
 
@@ -137,7 +142,6 @@ def warn_of_world(parts: Parts) -> None:
             "world",
             "this process is one of several, but no process_group was given: each would train on gradients of its own; "
             "pass process_group=torch.distributed.group.WORLD, or ignore this where the runs are independent",
-            stacklevel=6,
         )
 
 
@@ -155,5 +159,4 @@ def warn_of_outside(parts: Parts, given: Given, layout: Layout, ranks: Alone) ->
             f"{len(held)} parameters outside base_optim take part in the losses (the first has shape "
             f"{tuple(held[0].shape)}); with a process_group they get no gradient: give them to base_optim, or "
             "freeze them",
-            stacklevel=6,
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +42,18 @@ def _of_base(name: str) -> property:
         setattr(self.base_optim, name, value)
 
     return property(get, put, doc=f"`{name}` of the wrapped optimizer.")
+
+
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _untraced(method: Method) -> Method:
+    """Left out of what torch.compile traces, as torch's own optimizers are.
+
+    The public torch.compiler.disable would import the compiler together with this module, which takes seconds.
+    """
+    disable = getattr(torch, "_disable_dynamo", None)
+    return method if disable is None else disable(method)
 
 
 class DualBalancedOptimizer(Optimizer):
@@ -178,6 +190,7 @@ class DualBalancedOptimizer(Optimizer):
         # Optimizer.__init__ would make param groups of its own; __setstate__ makes the hook tables only.
         super().__setstate__({})
 
+    @_untraced
     def step(  # type: ignore[override]
         self,
         losses: Losses | Callable[[], Any] | None = None,
@@ -219,6 +232,7 @@ class DualBalancedOptimizer(Optimizer):
                 raise TypeError(text) from error
         return losses if closure is not None else None
 
+    @_untraced
     @torch.no_grad()
     def backward(self, losses: Losses, scaler: Any = None, *, samples: Samples = 1) -> None:
         """Fill `.grad` from the task losses, in place of ``sum(losses).backward()``; then clip and `step()`.
@@ -251,6 +265,7 @@ class DualBalancedOptimizer(Optimizer):
         """
         backward(self._parts, self.base_optim, losses, scaler, samples)
 
+    @_untraced
     @torch.no_grad()
     def accumulate(self, losses: Losses, scaler: Any = None, *, samples: Samples = 1) -> None:
         """Take in one micro-batch; the next `backward(losses)` or `step(losses)` completes the batch.
@@ -294,9 +309,11 @@ class DualBalancedOptimizer(Optimizer):
         return dict(zip(state.tasks, state.task_weights, strict=True))
 
     @task_weights.setter
+    @_untraced
     def task_weights(self, value: Sequence[float] | Mapping[str, float] | None) -> None:
         _checkpoint.change_weights(self._parts, value)
 
+    @_untraced
     @torch.no_grad()
     def reset_averages(self) -> None:
         """Forget averages, counts, norms, micro-batches and names that the constructor did not fix.
@@ -306,6 +323,7 @@ class DualBalancedOptimizer(Optimizer):
         """
         _checkpoint.reset(self._parts, self.base_optim)
 
+    @_untraced
     @torch.no_grad()
     def gradient_cosines(self) -> Tensor:
         """Cosines between the averaged gradients of all tasks, shape (T, T): below 0 where tasks pull apart.
@@ -327,15 +345,18 @@ class DualBalancedOptimizer(Optimizer):
 
     # ------------------------------------------------- torch.optim's contract
 
+    @_untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear `.grad` of every parameter of the wrapped optimizer, and drop micro-batches that await completion."""
         self._parts.pending.clear()
         self.base_optim.zero_grad(set_to_none=set_to_none)
 
+    @_untraced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer. Its parameters count as heads, but for shared ones that were frozen."""
         self.base_optim.add_param_group(param_group)
 
+    @_untraced
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict with the averages, counts, task names and schedule added.
 
@@ -348,6 +369,7 @@ class DualBalancedOptimizer(Optimizer):
             merged = post_hook(self, merged) or merged
         return merged
 
+    @_untraced
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, bit for bit; nothing changes if it does not fit.
