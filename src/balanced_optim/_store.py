@@ -157,7 +157,8 @@ class _Segment:
         row = self.rows[task]
         into = self._views[task] if self.straight else row
         if isinstance(ok, Tensor):
-            _average_where(row, gradient, *(torch.as_tensor(v, device=row.device) for v in (keep, gain)), ok)
+            weights = [torch.as_tensor(number, device=row.device) for number in (keep, gain)]
+            _average_where(row, gradient, weights[0], weights[1], ok)
         elif gradient is None:
             into.mul_(keep)
         elif row.dtype != gradient.dtype:
