@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._aggregator import Aggregator, aggregated_step, check_aggregator
+from ._cuda_store import DeviceRows, DeviceSum, is_chosen
 from ._graph import check_replay, outside_of, unverified
 from ._losses import Losses, Samples, TaskLosses, describe_bad_loss, read_losses, read_samples
 from ._members import Layout, Members, are_same
@@ -70,13 +71,15 @@ class Parts:
 def new_store(parts: Parts, layout: Layout, ranks: Alone, tasks: int) -> Store:
     """Rows where the method looks at all gradients at once or again later, else a running sum."""
     settings, rule = parts.settings, parts.settings.rule
-    averaged = [parameter.detach() for parameter in ranks.parts(layout.averaged)]
+    averaged = ranks.parts(layout.averaged)
     device = averaged[0].device if averaged else layout.parameters[0].device
     # Where every rank has whole rows there is nothing to agree on.
     own = ranks if ranks.agrees else ALONE
+    fused, normalise = is_chosen(averaged), rule.norm_target is not None
     if parts.state.beta > 0 or not rule.streams or parts.members.joint or settings.aggregator is not None:
-        return FlatGradientBuffer(averaged, tasks, settings.ema_dtype, own, device)
-    return RunningSum(averaged, own, rule.norm_target is not None, device)
+        rows = DeviceRows if fused else FlatGradientBuffer
+        return rows(averaged, tasks, settings.ema_dtype, own, device)
+    return (DeviceSum if fused else RunningSum)(averaged, own, normalise, device)
 
 
 def averages_for(parts: Parts, names: tuple[str, ...], named: bool, layout: Layout, ranks: Alone) -> Averages:
@@ -88,7 +91,7 @@ def averages_for(parts: Parts, names: tuple[str, ...], named: bool, layout: Layo
     if are_same(known.rows, layout.averaged):
         return known
     store = new_store(parts, layout, ranks, len(names))
-    if isinstance(store, FlatGradientBuffer) and isinstance(known.store, FlatGradientBuffer):
+    if store.keeps_rows and known.store.keeps_rows:
         old = dict(zip(known.rows, known.store.averages(), strict=True))
         store.load_averages([old.get(parameter, [None] * len(names)) for parameter in layout.averaged])
     return replace(known, store=store, rows=list(layout.averaged))
@@ -278,7 +281,7 @@ def backward(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, s
 def _rows_before(parts: Parts, held: Held | None) -> list[list[Tensor]] | None:
     """Copies of the rows where they take in a batch whose joint pass may still overflow."""
     known = parts.state.averages
-    if held is None or not parts.members.joint or known is None or not isinstance(known.store, FlatGradientBuffer):
+    if held is None or not parts.members.joint or known is None or not known.store.keeps_rows:
         return None
     return [[row.clone() for row in rows] for rows in known.store.averages()]
 
@@ -286,7 +289,7 @@ def _rows_before(parts: Parts, held: Held | None) -> list[list[Tensor]] | None:
 def _undo(parts: Parts, kept: list[list[Tensor]] | None) -> None:
     """Averages that this batch began go back to zero, those that were kept to what they were."""
     known = parts.state.averages
-    if known is None or not isinstance(known.store, FlatGradientBuffer):
+    if known is None or not known.store.keeps_rows:
         return
     if kept is not None:
         known.store.load_averages(kept)
@@ -456,7 +459,7 @@ def _commit(parts: Parts, batch: Batch, step: Step, new: dict[Tensor, Tensor], g
     """Count the batch and set `.grad`; from here on the tasks are fixed."""
     state, pending, known = parts.state, parts.pending, batch.known
     state.averages = known
-    if step.averages is not None and isinstance(known.store, FlatGradientBuffer):
+    if step.averages is not None and known.store.keeps_rows:
         rows = zip(known.store.averages(), step.averages, strict=True)
         known.store.load_averages([[fresh.get(t, row) for t, row in enumerate(old)] for old, fresh in rows])
     count(step, known, parts.members.joint)

@@ -5,11 +5,11 @@ From `start` to `combine` nothing waits for the device. With TRITON_INTERPRET=1 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from ._device_layout import (
     triton_dtype,
     wide_dtype,
 )
+from ._numbers import grad_dtype
 
 if TYPE_CHECKING:
     from ._passes import Pass
@@ -45,6 +46,17 @@ def triton_is_there() -> bool:
     except ImportError:
         return False
     return True
+
+
+# Where these stores take the place of those in torch. Tests set it, to run the kernels on a CPU.
+CHOSEN: Callable[[Sequence[Tensor]], bool] = lambda parameters: (  # noqa: E731
+    bool(parameters) and all(p.is_cuda for p in parameters) and triton_is_there()
+)
+
+
+def is_chosen(parameters: Sequence[Tensor]) -> bool:
+    """Whether averages of these parameters are kept by the stores here."""
+    return CHOSEN(parameters)
 
 
 @dataclass(frozen=True)
@@ -65,14 +77,16 @@ class _DeviceStore:
         ranks: those that hold the other shards; None is one process.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None, ranks: Any) -> None:
-        self.device = parameters[0].device
+    def __init__(
+        self, parameters: Sequence[Tensor], dtype: torch.dtype | None, ranks: Any, device: torch.device | None
+    ) -> None:
+        self.device = device or parameters[0].device
         self._number = len(parameters)
         self._ranks: Any = ranks if ranks is not None and ranks.agrees else None
         shares = [1.0] * len(parameters) if ranks is None or ranks.shares is None else ranks.shares
         together: dict[tuple[Any, ...], list[int]] = {}
         for i, p in enumerate(parameters):
-            together.setdefault((p.device, dtype or wide_dtype(p.dtype), p.dtype.to_real()), []).append(i)
+            together.setdefault((p.device, dtype or wide_dtype(p.dtype), grad_dtype(p).to_real()), []).append(i)
         self._segments = [
             Segment([parameters[i] for i in members], members, row_dtype, [shares[i] for i in members])
             for (_, row_dtype, _), members in together.items()
@@ -163,10 +177,17 @@ class DeviceRows(_DeviceStore):
     which row holds what.
     """
 
+    keeps_rows: ClassVar[Literal[True]] = True
+
     def __init__(
-        self, parameters: Sequence[Tensor], tasks: int, dtype: torch.dtype | None = None, ranks: Any = None
+        self,
+        parameters: Sequence[Tensor],
+        tasks: int,
+        dtype: torch.dtype | None = None,
+        ranks: Any = None,
+        device: torch.device | None = None,
     ) -> None:
-        super().__init__(parameters, dtype, ranks)
+        super().__init__(parameters, dtype, ranks, device)
         self.tasks = tasks
         slots: dict[torch.device, Tensor] = {}
         for s in self._segments:
@@ -193,7 +214,11 @@ class DeviceRows(_DeviceStore):
         return self._norms(self._squares)
 
     def _norms(self, squares: Tensor) -> Tensor:
-        return (squares if self._ranks is None else self._ranks.total(squares)).sqrt().to(self.norm_dtype)
+        return self._total(squares).sqrt().to(self.norm_dtype)
+
+    def _total(self, counted: Tensor) -> Tensor:
+        joint: Tensor = counted if self._ranks is None else self._ranks.total(counted)
+        return joint
 
     def combine(self, weights: Tensor) -> list[Tensor | None]:
         """``sum_t w_t * ema_t`` for each parameter, of its dtype, in fresh memory."""
@@ -248,7 +273,7 @@ class DeviceRows(_DeviceStore):
         return self._norms(torch.cat(squares))
 
     def gram(self) -> Tensor:
-        """<ema_s, ema_t> for every pair of tasks, shape (T, T), in double precision; of this rank's shards."""
+        """<ema_s, ema_t> for every pair of tasks, shape (T, T), in double precision."""
         result = torch.zeros(self.tasks, self.tasks, dtype=torch.float64, device=self.device)
         for segment, rows in self._rows():
             alike = groupby(zip(segment.shares, segment.places, strict=True), key=lambda pair: pair[0])
@@ -258,7 +283,7 @@ class DeviceRows(_DeviceStore):
                 for at in range(begin, end, _GRAM_PIECE):
                     matrix = torch.stack([row[at : min(at + _GRAM_PIECE, end)].double() for row in rows])
                     result += share * (matrix @ matrix.t()).to(self.device)
-        return result
+        return self._total(result)
 
     def clear(self, task: int) -> None:
         """Set the average of `task` back to zero."""
@@ -273,8 +298,16 @@ class DeviceSum(_DeviceStore):
     factor at the end. `unit` is the first counted task's norm: one task alone passes through bit for bit.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], ranks: Any = None, normalise: bool = True) -> None:
-        super().__init__(parameters, None, ranks)
+    keeps_rows: ClassVar[Literal[False]] = False
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        ranks: Any = None,
+        normalise: bool = True,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__(parameters, None, ranks, device)
         self._normalise = int(normalise)
         self._totals: list[Tensor] = []
 

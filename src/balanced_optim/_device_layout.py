@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._numbers import grad_dtype
+
 # Parameters start at multiples of this many elements, so that every row and parameter is aligned for vector loads.
 _ALIGNMENT = 64
 _READABLE = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
@@ -131,7 +133,7 @@ class Segment:
         self, parameters: Sequence[Tensor], members: list[int], dtype: torch.dtype, shares: list[float]
     ) -> None:
         self.members, self.dtype, self.wide, self.shares = members, dtype, wide_dtype(dtype), shares
-        self.device, self.gradient_dtype = parameters[0].device, parameters[0].dtype.to_real()
+        self.device, self.gradient_dtype = parameters[0].device, grad_dtype(parameters[0]).to_real()
         self.places, self.length = list[Place](), 0
         for parameter in parameters:
             self.places.append(Place.of(parameter, self.length))

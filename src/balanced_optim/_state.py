@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._cuda_store import DeviceRows, DeviceSum
 from ._numbers import widest
 from ._rule import Balance
 from ._store import FlatGradientBuffer, RunningSum
@@ -24,7 +25,7 @@ _ROLE = "task_role"
 # would lose the averages without a word, and it refuses text.
 _HEAD, _SHARED, _REACHED, _FROZEN = "head", "shared", "reached", "frozen"
 
-Store = FlatGradientBuffer | RunningSum
+Store = FlatGradientBuffer | RunningSum | DeviceRows | DeviceSum
 
 
 @dataclass(slots=True)

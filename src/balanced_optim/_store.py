@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -221,6 +221,8 @@ class FlatGradientBuffer(_Judge):
         device: where norms are gathered; None: that of the first parameter.
     """
 
+    keeps_rows: ClassVar[Literal[True]] = True
+
     def __init__(
         self,
         parameters: Sequence[Tensor],
@@ -356,6 +358,8 @@ class RunningSum(_Judge):
         normalise: False adds ``factor_t * g_t`` (no rescale to a common norm).
         ranks, device: see `FlatGradientBuffer`.
     """
+
+    keeps_rows: ClassVar[Literal[False]] = False
 
     def __init__(
         self,
