@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 # What makes the host wait for a device: as the operation behind it, and as Python calls it.
@@ -110,6 +110,22 @@ def no_double():
                 raise AssertionError(f"{operation.name} has a tensor of {tensor.dtype}")
 
     with _Operations(note):
+        yield
+
+
+@contextmanager
+def kernels_are_not_watched(monkeypatch):
+    """Triton's interpreter itself reads tensors, which no GPU does."""
+    from triton.runtime.interpreter import GridExecutor
+
+    call = GridExecutor.__call__
+
+    def unwatched(*args, **kwargs):
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            call(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", unwatched)
         yield
 
 
