@@ -113,6 +113,23 @@ def no_double():
         yield
 
 
+class _Makers(TorchFunctionMode):
+    """What makes tensors of the host's numbers."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function in (torch.tensor, torch.from_numpy)
+        if made or (function is torch.as_tensor and not isinstance(args[0], torch.Tensor)):
+            raise ReadError(f"{function.__name__} of the host's numbers, which a CUDA graph cannot hold")
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def nothing_comes_from_the_host():
+    """A tensor that is made of numbers of the host, but for filling one with a single number, is an error."""
+    with _Makers():
+        yield
+
+
 @contextmanager
 def kernels_are_not_watched(monkeypatch):
     """Triton's interpreter itself reads tensors, which no GPU does."""

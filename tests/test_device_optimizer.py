@@ -18,14 +18,17 @@ from cases import one_thread, with_value  # noqa: F401
 from conftest import assert_same, header_of
 from devices import grad_scaler
 from hypothesis import HealthCheck, settings, stateful
-from modes import device_path, journal, kernels_are_not_watched, nothing_is_read
+from modes import device_path, journal, kernels_are_not_watched, nothing_comes_from_the_host, nothing_is_read
 from networks import Net
 from oracle import Oracle
+from test_capture import test_what_is_loaded_or_set_goes_where_it_was  # noqa: F401
 from test_state_machine import SEEN, Programs
 from torch.optim import SGD, Adam
+from torch.utils._python_dispatch import _disable_current_modes
 
 from balanced_optim import DualBalancedOptimizer, _kernels
 from balanced_optim._cuda_store import DeviceRows, DeviceSum
+from balanced_optim._device_layout import PinnedTables
 from balanced_optim._store import FlatGradientBuffer, RunningSum
 
 pytestmark = pytest.mark.interpreter
@@ -389,3 +392,21 @@ def test_one_read_after_everything_is_under_way(form, nonfinite, unwatched):
         assert len(reads) == 1, [operations[place].name for place in reads]
         # A layer of the trunk has 12 weights, more than anything that is counted by task.
         assert not [each for each in operations[reads[0] + 1 :] if each.size >= 12]
+
+
+@pytest.mark.skipif(DEVICE.type != "cpu", reason="a GPU has real graphs")
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "refreshed"])
+def test_a_batch_in_a_graph_takes_no_more_than_addresses_from_the_host(form, unwatched, monkeypatch):
+    on = PinnedTables.on
+
+    def from_pinned_memory(*args):
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            return on(*args)
+
+    monkeypatch.setattr(PinnedTables, "on", from_pinned_memory)
+    net, optimizer = build(form, "ignore")
+    optimizer.step(net.losses(0))
+    monkeypatch.setattr("balanced_optim._capture.CAPTURING", lambda: True)
+    losses = net.losses(1)
+    with nothing_is_read(), nothing_comes_from_the_host():
+        optimizer.backward(losses)

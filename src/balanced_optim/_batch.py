@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._aggregator import Aggregator, aggregated_step, check_aggregator
+from ._capture import check_capture, check_replayed, is_capturing
 from ._cuda_store import DeviceRows, DeviceSum, is_chosen
 from ._graph import check_replay, outside_of, unverified
 from ._losses import Losses, Samples, TaskLosses, describe_bad_loss, read_losses, read_samples
@@ -126,7 +127,8 @@ def read(parts: Parts, layout: Layout, ranks: Alone, losses: Losses, scaler: Any
         raise TypeError(
             f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}; under bf16 leave it out"
         )
-    if (scaler is not None and scaler.is_enabled()) or (pending.balance is None and pending.micro_batches is None):
+    first = pending.balance is None and pending.micro_batches is None and not is_capturing()
+    if (scaler is not None and scaler.is_enabled()) or first:
         check_unscaled(batch, scaler if scaler is not None and scaler.is_enabled() else None, rule.logs(batch.names))
     device = device_of(layout)
     counted = read_samples(samples, batch, may_be_zero=isinstance(ranks, Ranks))
@@ -238,6 +240,7 @@ def backward(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, s
     layout = parts.layout(base_optim)
     ranks = parts.processes.over(layout)
     _warn_of_world(parts)
+    check_capture(parts, layout, scaler)
     check_aggregator(parts.settings.aggregator, fully_shard=ranks.agrees)
     try:
         given = meet(parts, layout, ranks, "backward()", losses, scaler, samples)
@@ -289,7 +292,8 @@ def _rows_before(parts: Parts, held: Held | None) -> list[list[Tensor]] | None:
 def _undo(parts: Parts, kept: list[list[Tensor]] | None) -> None:
     """Averages that this batch began go back to zero, those that were kept to what they were."""
     known = parts.state.averages
-    if known is None or not known.store.keeps_rows:
+    # What a capture has recorded was not done.
+    if known is None or not known.store.keeps_rows or is_capturing():
         return
     if kept is not None:
         known.store.load_averages(kept)
@@ -340,6 +344,7 @@ def _step(parts: Parts, batch: Batch, mean: Means, ranks: Alone, given: Given, h
 def _checked(passes: Passes, parts: Parts, batch: Batch, ranks: Alone, given: Given) -> Passes:
     """Before the first pass: classes that are new in these graphs are run twice, where a graph is walked twice."""
     if any(given.marked) and (parts.members.joint or len(batch.running) > 1):
+        check_replayed()
         check_replay(
             ranks.take,
             batch.losses.losses,
@@ -548,6 +553,7 @@ def _warn_of_outside(parts: Parts, given: Given, layout: Layout, ranks: Alone) -
 def accumulate(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, samples: Samples) -> None:
     """Add one micro-batch to those that wait; see `DualBalancedOptimizer.accumulate`."""
     layout = parts.layout(base_optim)
+    check_capture(parts, layout, scaler, micro_batch=True)
     ranks = parts.processes.over(layout)
     try:
         given = meet(parts, layout, ranks, "accumulate()", losses, scaler, samples)
