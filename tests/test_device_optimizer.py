@@ -188,7 +188,7 @@ def test_random_programs_agree_with_the_oracle():
     quiet = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
     few = settings(max_examples=200, stateful_step_count=6, derandomize=True, **quiet)
     stateful.run_state_machine_as_test(DevicePrograms, settings=few)
-    assert {"taken", "skip", "overflow", "ValueError", "RuntimeError"} <= SEEN.keys()
+    assert {"taken", "skip", "overflow", "ValueError"} <= SEEN.keys()
     assert SEEN["programs"] >= 200
 
 

@@ -76,11 +76,13 @@ def new_store(parts: Parts, layout: Layout, ranks: Alone, tasks: int) -> Store:
     device = averaged[0].device if averaged else layout.parameters[0].device
     # Where every rank has whole rows there is nothing to agree on.
     own = ranks if ranks.agrees else ALONE
-    fused, normalise = is_chosen(averaged), rule.norm_target is not None
-    if parts.state.beta > 0 or not rule.streams or parts.members.joint or settings.aggregator is not None:
-        rows = DeviceRows if fused else FlatGradientBuffer
-        return rows(averaged, tasks, settings.ema_dtype, own, device)
-    return (DeviceSum if fused else RunningSum)(averaged, own, normalise, device)
+    rows = parts.state.beta > 0 or not rule.streams or parts.members.joint or settings.aggregator is not None
+    dtype, normalise = settings.ema_dtype, rule.norm_target is not None
+    if is_chosen(averaged):
+        return DeviceRows(averaged, tasks, dtype, own) if rows else DeviceSum(averaged, own, normalise)
+    if rows:
+        return FlatGradientBuffer(averaged, tasks, dtype, own, device)
+    return RunningSum(averaged, own, normalise, device)
 
 
 def averages_for(parts: Parts, names: tuple[str, ...], named: bool, layout: Layout, ranks: Alone) -> Averages:
