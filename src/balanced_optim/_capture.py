@@ -12,11 +12,9 @@ from ._members import Layout, are_same
 if TYPE_CHECKING:
     from ._batch import Parts
 
-# Whether the current stream records a CUDA graph. Tests set it.
-CAPTURING: Callable[[], bool] = (
-    torch.cuda.is_current_stream_capturing
-    if torch.backends.cuda.is_built()  # type: ignore[no-untyped-call]
-    else lambda: False
+# Whether the current stream records a CUDA graph; an error to ask where there is no driver. Tests set it.
+CAPTURING: Callable[[], bool] = lambda: (  # noqa: E731
+    torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 )
 
 

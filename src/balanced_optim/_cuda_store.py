@@ -46,9 +46,9 @@ def triton_is_there() -> bool:
     return True
 
 
-# Where these stores take the place of those in torch. Tests set it, to run the kernels on a CPU.
+# Where these stores take the place of those in torch: on what Triton compiles for. Tests set it.
 CHOSEN: Callable[[Sequence[Tensor]], bool] = lambda parameters: (  # noqa: E731
-    all(parameter.is_cuda for parameter in parameters) and triton_is_there()
+    all(p.is_cuda and torch.cuda.get_device_capability(p.device) >= (7, 0) for p in parameters) and triton_is_there()
 )
 
 
