@@ -1,7 +1,8 @@
 """The main comparison: DB-MTL, its two halves and equal weighting on real data.
 
-Every method trains the same network on the same batches from the same initial weights, with the
-same optimizer, learning rate and number of steps; only the way the losses are combined differs.
+Every method trains the same network on the same batches from the same initial weights, with the same optimizer,
+learning rate and number of steps; only the way the losses are combined differs. The protocol is that of
+`benchmarks.study`: Adam, the rate on a cosine to zero, and validation data choose the step that is scored.
 
 Run from the root of the repository with `python -m benchmarks.compare`: on two overlaid digits, or on
 the data set that `--data` names, from the file or folder at `--data-path` where it has one. It prints a table and
@@ -9,25 +10,29 @@ writes `summary.json`, `delta_p.png` and, where DB-MTL is among the methods, `tr
 """
 
 import argparse
+import pickle
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.data import DATA
+from benchmarks.command_line import RESULTS, positive_int, with_capital
+from benchmarks.data.all import DATA
+from benchmarks.data.problem import DataSet, Task
 from benchmarks.environment import describe_environment
-from benchmarks.methods import DEFAULT_METHODS, METHODS, SINGLE_TASK
 from benchmarks.pictures import save_delta_p, save_training
-from benchmarks.problem import DataSet, MakeProblem, Task
-from benchmarks.report import MethodSummary, make_table, summarize, write_summary
-from benchmarks.training import Curves, Run, Training, networks, run_method
+from benchmarks.study.jobs import make_problem, problem_of
+from benchmarks.study.methods import DEFAULT_METHODS, METHODS, SINGLE_TASK
+from benchmarks.study.processes import each
+from benchmarks.study.studies import SEEDS as STUDY_SEEDS
+from benchmarks.study.summary import MethodSummary, make_table, summarize, write_summary
+from benchmarks.study.training import Curves, Run, Training, networks, run_method
 
 FULL_SEEDS = 3
 QUICK_STEPS, QUICK_SEEDS = 100, 2
-RESULTS = Path(__file__).parent / "results"
 
 Runs = dict[str, list[Run]]
 """Method name to one run per seed; single-task models first."""
@@ -40,18 +45,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command line without the program's name; None takes it from `sys.argv`.
     """
     options = parse_arguments(arguments)
-    torch.set_num_threads(options.threads)
     console = Console()
     start = time.perf_counter()
     data: DataSet = DATA[options.data]
     methods = [SINGLE_TASK, *options.methods]
-    runs = measure(data, options.make_problem, methods, options.seeds, options.steps, console)
+    runs = measure(options, methods, console)
     summary = summarize(runs, data.tasks)
     environment = describe_environment() | {
         "problem": data.title,
         "steps": options.steps,
         "batch_size": data.batch_size,
         "learning_rate": data.learning_rate,
+        "schedule": "cosine",
         "seeds": list(range(options.seeds)),
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -59,7 +64,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draw(options.out, summary, runs, data.tasks)
     title = f"{with_capital(data.title)}: mean ± std (seeds: {options.seeds}, steps: {options.steps})"
     console.print(make_table(summary, data.tasks, title))
+    console.print(size_of(options, data), markup=False)
     console.print(f"Summary and pictures are in {options.out}")
+
+
+def size_of(options: argparse.Namespace, data: DataSet) -> str:
+    """Return what this comparison has beside the study."""
+    return (
+        f"Adam at {data.learning_rate:g} on a cosine to zero; scored at the best step on validation data. This is the "
+        f"protocol of the study with {options.seeds} seeds of {options.steps} steps; the study has {STUDY_SEEDS} seeds "
+        f"of {data.steps} steps and more methods: python -m benchmarks.study main --data {options.data}"
+    )
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -108,11 +123,11 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         f"all: {' '.join(METHODS)}",
     )
     parser.add_argument(
-        "--threads",
+        "--processes",
         type=positive_int,
-        default=1,
+        default=2,
         metavar="N",
-        help="CPU threads (default: 1; the networks are too small to gain from more)",
+        help="runs at the same time, a thread each (default: 2)",
     )
     parser.add_argument(
         "--quick",
@@ -125,7 +140,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     options.out = options.out or RESULTS / _folder(options.data, options.quick)
     options.methods = [name for name in METHODS if name in options.methods]
     try:
-        options.make_problem = DATA[options.data].load(options.data_path)
+        make_problem(options.data, options.data_path)
     except ValueError as error:
         parser.error(f"argument --data-path: {error}")
     try:
@@ -140,50 +155,33 @@ def _folder(data: str, quick: bool) -> str:
     return "_".join(part for part in parts if part)
 
 
-def with_capital(text: str) -> str:
-    """Return the text with a capital first letter, the others as they are."""
-    return text[:1].upper() + text[1:]
-
-
-def positive_int(text: str) -> int:
-    """Parse a whole number of at least 1; an argparse type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
-
-
-def measure(
-    data: DataSet, make_problem: MakeProblem, methods: Sequence[str], seeds: int, steps: int, console: Console
-) -> Runs:
-    """Train and score every method with every seed, behind a progress bar.
-
-    Args:
-        data: The data set.
-        make_problem: What its `load` returned.
-        methods: Names from `METHODS`, or `SINGLE_TASK`.
-        seeds: Number of seeds, counted from 0.
-        steps: Optimizer steps of each network.
-        console: Where the progress bar goes.
-    """
-    problems = [make_problem(seed, data.batch_size) for seed in range(seeds)]
-    runs: Runs = {name: [] for name in methods}
-    trainings = sum(networks(name, len(data.tasks)) for name in methods)
+def measure(options: argparse.Namespace, methods: Sequence[str], console: Console) -> Runs:
+    """Train and score every method with every seed, behind a progress bar."""
+    plan = [(seed, name) for seed in range(options.seeds) for name in methods]
+    tasks = len(DATA[options.data].tasks)
+    run = partial(train_one, data=options.data, path=options.data_path, steps=options.steps)
+    done: dict[tuple[int, str], Run] = {}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("steps, left:"),
+        TextColumn("networks, left:"),
         TimeRemainingColumn(),
     )
     # Methods differ in speed, so the remaining time is read off a long stretch.
     with Progress(*columns, console=console, speed_estimate_period=120) as progress:
-        bar = progress.add_task("", total=seeds * steps * trainings)
-        for seed, problem in enumerate(problems):
-            for name in methods:
-                progress.update(bar, description=f"seed {seed + 1}/{seeds} {name}")
-                training = Training(steps, data.learning_rate, seed, on_step=lambda: progress.advance(bar))
-                runs[name].append(run_method(name, problem, training))
-    return runs
+        bar = progress.add_task("", total=sum(networks(name, tasks) for _, name in plan))
+        for (seed, name), packed in each(run, plan, options.processes):
+            done[seed, name] = pickle.loads(packed)
+            progress.update(bar, advance=networks(name, tasks), description=f"seed {seed + 1}/{options.seeds} {name}")
+    return {name: [done[seed, name] for seed in range(options.seeds)] for name in methods}
+
+
+def train_one(item: tuple[int, str], *, data: str, path: Path | None, steps: int) -> bytes:
+    """Train by a method with a seed, and return the run as bytes: tensors that travel as such share memory."""
+    seed, name = item
+    run = run_method(name, problem_of(data, path, seed), Training(steps, DATA[data].learning_rate, seed))
+    return pickle.dumps(run)
 
 
 def draw(out: Path, summary: dict[str, MethodSummary], runs: Runs, tasks: Sequence[Task]) -> None:

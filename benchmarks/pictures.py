@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator, NullFormatter
 from torch import Tensor
 
-from benchmarks.metrics import Spread
-from benchmarks.problem import Task
-from benchmarks.training import Curves
+from benchmarks.data.problem import Task
+from benchmarks.study.metrics import Spread
+from benchmarks.study.training import Curves
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from balanced_optim import DualBalancedOptimizer
-from benchmarks.architectures import ARCHITECTURES, AttentionNet, CrossStitch, Encoder, build_dense
+from benchmarks.data.architectures import ARCHITECTURES, AttentionNet, CrossStitch, Encoder, build_dense
 
 CHANNELS = {"labels": 5, "depth": 1, "normal": 3}
 

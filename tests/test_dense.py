@@ -9,8 +9,8 @@ pytest.importorskip("sklearn")
 
 from sklearn import metrics
 
-from benchmarks.architectures import STRIDE
-from benchmarks.dense import (
+from benchmarks.data.architectures import STRIDE
+from benchmarks.data.dense import (
     DEPTH,
     NORMAL,
     SEGMENTATION,
@@ -18,7 +18,7 @@ from benchmarks.dense import (
     normal_loss,
     segmentation_loss,
 )
-from benchmarks.dense_folders import CITYSCAPES, CITYSCAPES_LAYOUT, NYUV2, NYUV2_LAYOUT, load_folders
+from benchmarks.data.dense_folders import CITYSCAPES, CITYSCAPES_LAYOUT, NYUV2, NYUV2_LAYOUT, load_folders
 
 CLASSES = 5
 

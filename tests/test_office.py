@@ -13,8 +13,8 @@ pytest.importorskip("PIL")
 from PIL import Image
 from scipy.io import savemat
 
-from benchmarks import office
-from benchmarks.office import (
+from benchmarks.data import office, office_files
+from benchmarks.data.office import (
     CALTECH10_DOMAINS,
     OFFICE_31,
     OFFICE_31_DOMAINS,
@@ -114,7 +114,7 @@ def test_an_image_of_any_size_is_resized_as_a_whole(size, suffix, tmp_path):
         path = tmp_path / "amazon" / "mug" / f"{number}{suffix}"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
-    pixels = office.read_folders(tmp_path, ["amazon"], 1, size=32)["amazon"].inputs
+    pixels = office_files.read_folders(tmp_path, ["amazon"], 1, size=32)["amazon"].inputs
     assert pixels.shape == (EACH, 3, 32, 32)
     assert pixels.dtype == torch.uint8
     left, right = pixels[:, :, :, :12].float(), pixels[:, :, :, -12:].float()
@@ -127,7 +127,7 @@ def test_images_that_are_grey_or_have_a_palette_become_colour_images(tmp_path):
     folder.mkdir(parents=True)
     for number, mode in enumerate(["L", "P", "RGBA", "RGB", "1"]):
         Image.new(mode, (8, 8)).save(folder / f"{number}.png")
-    assert office.read_folders(tmp_path, ["amazon"], 1)["amazon"].inputs.shape == (5, 3, 64, 64)
+    assert office_files.read_folders(tmp_path, ["amazon"], 1)["amazon"].inputs.shape == (5, 3, 64, 64)
 
 
 def test_files_that_are_no_images_are_passed_over(tmp_path):
@@ -135,7 +135,7 @@ def test_files_that_are_no_images_are_passed_over(tmp_path):
     for name in ("Thumbs.db", "._frame_0001.png", "notes.txt"):
         (tmp_path / "amazon" / "class_01" / name).write_bytes(b"something else")
     (tmp_path / "amazon" / ".DS_Store").write_bytes(b"something else")
-    assert len(office.read_folders(tmp_path, ["amazon"], 2)["amazon"]) == 2 * EACH
+    assert len(office_files.read_folders(tmp_path, ["amazon"], 2)["amazon"]) == 2 * EACH
 
 
 def assert_fails_with(data, path, *words):

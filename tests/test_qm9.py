@@ -12,8 +12,8 @@ pytest.importorskip("sklearn")
 
 from sklearn.metrics import mean_absolute_error
 
-from benchmarks import qm9
-from benchmarks.qm9 import ALPHABET, HASHES, PROPERTIES, QM9, QM9_RAW
+from benchmarks.data import qm9, qm9_graphs
+from benchmarks.data.qm9 import ALPHABET, HASHES, PROPERTIES, QM9, QM9_RAW
 
 MOLECULES = 40
 TENTH = MOLECULES // 10
@@ -304,7 +304,7 @@ def test_complete_graphs_have_every_pair_of_atoms_with_its_bond_and_distance(pyg
     bond = torch.tensor([[0.0, 1.0], [0.0, 1.0]])
     positions = torch.tensor([[0.0, 0.0, 0.0], [3.0, 4.0, 0.0], [0.0, 0.0, 2.0]])
     molecule = pyg.Data(x=torch.eye(3), edge_index=torch.tensor([[0, 1], [1, 0]]), edge_attr=bond, pos=positions)
-    complete = qm9.complete_graph(molecule)
+    complete = qm9_graphs.complete_graph(molecule)
     edges = {(int(a), int(b)): attr.tolist() for (a, b), attr in zip(complete.edge_index.T, complete.edge_attr)}  # noqa: B905
     far = pytest.approx([0.0, 0.0, 29.0**0.5])
     near = [0.0, 0.0, 2.0]

@@ -7,8 +7,8 @@ pytest.importorskip("sklearn")
 
 from sklearn.ensemble import RandomForestClassifier
 
-from benchmarks import scenes
-from benchmarks.scenes import CHUNK, CLASSES, HEIGHT, VIEW, WIDTH, Rays, World, render
+from benchmarks.data import scenes, shapes
+from benchmarks.data.scenes import CHUNK, CLASSES, HEIGHT, VIEW, WIDTH, Rays, World, render
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def in_box(points, x, y, z, half_x, half_y, half_z, turn):
 
 
 SHAPES = {
-    "ball": (scenes.ball_distance, scenes.ball_normal, in_ball, [0.3, 0.4, 3.0, 0.8]),
-    "cylinder": (scenes.cylinder_distance, scenes.cylinder_normal, in_cylinder, [0.1, -0.5, 3.0, 0.7, 1.1]),
-    "box": (scenes.box_distance, scenes.box_normal, in_box, [-0.2, 0.1, 3.0, 0.6, 0.5, 0.9, 0.7]),
+    "ball": (shapes.ball_distance, shapes.ball_normal, in_ball, [0.3, 0.4, 3.0, 0.8]),
+    "cylinder": (shapes.cylinder_distance, shapes.cylinder_normal, in_cylinder, [0.1, -0.5, 3.0, 0.7, 1.1]),
+    "box": (shapes.box_distance, shapes.box_normal, in_box, [-0.2, 0.1, 3.0, 0.6, 0.5, 0.9, 0.7]),
 }
 every_shape = pytest.mark.parametrize("shape", SHAPES)
 

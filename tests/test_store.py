@@ -7,13 +7,15 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from balanced_optim._passes import Pass
-from balanced_optim._rule import Terms
-from balanced_optim._store import FlatGradientBuffer, RunningSum
 from cases import one_thread  # noqa: F401
 from conftest import assert_same
 from devices import array
 from modes import device_path
+
+from balanced_optim._passes import Pass
+from balanced_optim._rule import Terms
+from balanced_optim._running_sum import RunningSum
+from balanced_optim._store import FlatGradientBuffer
 
 LARGE = (2**17 + 5,)
 SHAPES = {

@@ -14,20 +14,26 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchjd")
 
-from benchmarks import methods, overview, study, study_jobs, study_pictures, training
-from benchmarks.data import DATA
-from benchmarks.methods import AGGREGATORS, METHODS, TUNED_WEIGHTS
-from benchmarks.metrics import accuracy
-from benchmarks.problem import Batch, DataSet, Metric, MultiTaskNet, Problem, Task
-from benchmarks.study_jobs import STUDIES, Choices, Job, Workplace, jobs_of, load_runs, run_all, run_job, unfinished
-from benchmarks.study_probe import Probe, summarize_window, window_starts
-from benchmarks.study_report import bootstrap_interval, compare_rows, failure_lines, rows_of
-from benchmarks.training import CANDIDATES, Training, evaluate, run_method, train
+from benchmarks.command_line import RESULTS
+from benchmarks.data.all import DATA
+from benchmarks.data.problem import Batch, DataSet, Metric, MultiTaskNet, Problem, Task, accuracy
+from benchmarks.study import command, files, jobs, methods, overview, pictures, recommend, steps, training
+from benchmarks.study.files import load_runs
+from benchmarks.study.jobs import Workplace, run_all, run_job, unfinished
+from benchmarks.study.methods import AGGREGATORS, METHODS, TUNED_WEIGHTS
+from benchmarks.study.metrics import mean_gain
+from benchmarks.study.probe import Probe, summarize_window, window_starts
+from benchmarks.study.report import bootstrap_interval, compare_rows, rows_of
+from benchmarks.study.schedules import SCHEDULES, Schedule, rate_factor
+from benchmarks.study.steps import Plan
+from benchmarks.study.studies import STUDIES, Choices, Job, is_single_task, jobs_of
+from benchmarks.study.tables import failure_lines
+from benchmarks.study.training import CANDIDATES, Check, Training, best_check, check_steps, evaluate, run_method, train
 
 # ------------------------------------------------------------------ a data set of three lines
 
 TINY_TASKS = (
-    Task("sign", F.cross_entropy, (Metric("accuracy", True, accuracy), Metric("loss", False, F.cross_entropy))),
+    Task("sign", F.cross_entropy, (Metric("accuracy", True, accuracy), Metric("loss", False, F.cross_entropy)), True),
     Task("sum", F.mse_loss, (Metric("MSE", False, F.mse_loss),)),
 )
 
@@ -58,13 +64,13 @@ TINY = DataSet("tiny lines", TINY_TASKS, lambda path: tiny_problem, ("hard", "mt
 @pytest.fixture(autouse=True)
 def tiny_data(monkeypatch):
     monkeypatch.setitem(DATA, "tiny", TINY)
-    study_jobs._problem.cache_clear()
-    study_jobs.make_problem.cache_clear()
+    jobs.problem_of.cache_clear()
+    jobs.make_problem.cache_clear()
 
 
 def skip_unless_it_runs(method):
-    if methods.missing_package(method):
-        pytest.skip(methods.missing_package(method))
+    if methods.unavailable(method):
+        pytest.skip(methods.unavailable(method))
 
 
 # ------------------------------------------------------------------ methods
@@ -77,7 +83,7 @@ def losses_of(model, batch):
 
 def take_steps(build_step, steps, model, optimizer):
     """Return the reports of the steps and the losses before each."""
-    step, reports, seen = build_step(optimizer, model, 2), [], []
+    step, reports, seen = build_step(optimizer, model, Plan(TINY_TASKS, steps)), [], []
     for number in range(steps):
         batch = tiny_batch(8, number)
         batch = Batch(batch.inputs.to(next(model.parameters())), batch.targets)
@@ -122,7 +128,7 @@ def test_gradnorm_is_the_papers_by_a_direct_computation():
     model, reference = tiny_model(dtype=torch.float64), tiny_model(dtype=torch.float64)
     reference.load_state_dict(model.state_dict())
     force, rate = 1.5, 0.025
-    build = partial(methods.grad_norm, restoring_force=force, learning_rate=rate)
+    build = partial(steps.grad_norm, restoring_force=force, learning_rate=rate)
     reports, _ = take_steps(build, 6, model, torch.optim.SGD(model.parameters(), lr=0.001))
 
     weights, first = torch.ones(2, dtype=torch.float64), None
@@ -179,12 +185,12 @@ def test_famo_moves_its_weights_towards_the_loss_that_fell_less(monkeypatch):
         made.append(methods_famo(tasks))
         return made[-1]
 
-    methods_famo = methods.FAMO
-    monkeypatch.setattr(methods, "FAMO", famo)
+    methods_famo = steps.FAMO
+    monkeypatch.setattr(steps, "FAMO", famo)
     torch.manual_seed(0)
     model = tiny_model()
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
-    step = methods.fast_adaptive(optimizer, model, 2)
+    step = steps.fast_adaptive(optimizer, model, Plan(TINY_TASKS, 1))
     batch = tiny_batch(8, 0)
     losses = losses_of(model, batch)
     step(losses, torch.no_grad()(partial(losses_of, model, batch)))
@@ -205,7 +211,7 @@ def test_geometric_mean_weighs_losses_by_their_inverse():
 def test_dwa_weighs_by_the_speed_of_the_last_two_epochs():
     torch.manual_seed(0)
     model = tiny_model()
-    build = partial(methods.dynamic_weight_average, epoch=2)
+    build = partial(steps.dynamic_weight_average, epoch=2)
     reports, losses = take_steps(build, 5, model, torch.optim.SGD(model.parameters(), lr=1e-2))
     assert all(torch.equal(report.weights, torch.ones(2)) for report in reports[:4])
     speed = losses[2:4].mean(dim=0) / losses[:2].mean(dim=0)
@@ -215,7 +221,7 @@ def test_dwa_weighs_by_the_speed_of_the_last_two_epochs():
 def test_stch_sums_logs_in_its_warm_up_and_then_leans_on_the_worst_loss():
     torch.manual_seed(0)
     model = tiny_model()
-    build = partial(methods.smooth_tchebycheff, smoothing=0.5, warm_up=2)
+    build = partial(steps.smooth_tchebycheff, smoothing=0.5, warm_up=2)
     reports, losses = take_steps(build, 3, model, torch.optim.SGD(model.parameters(), lr=1e-2))
     torch.testing.assert_close(reports[1].weights, 1 / losses[1])
     relative = losses[2] / losses[:2].mean(dim=0)
@@ -233,14 +239,92 @@ def test_max_weight_of_one_is_the_averaged_log_and_its_cosines_are_kept():
     assert without[0].cosines is None
 
 
-def test_a_method_whose_package_is_missing_names_what_to_install(monkeypatch):
-    def make(tasks):
+def test_a_method_that_cannot_run_says_why_as_what_to_install(monkeypatch):
+    def make(*arguments):
         raise ImportError("Install it with: pip install somewhere")
 
-    monkeypatch.setitem(AGGREGATORS, "cagrad", make)
-    for method in ("cagrad", "log_cagrad"):
-        assert "pip install somewhere" in methods.missing_package(method)
-    assert methods.missing_package("ew") == methods.missing_package("pcgrad") == ""
+    monkeypatch.setitem(METHODS, "cagrad", make)
+    assert "cagrad is left out" in methods.unavailable("cagrad")
+    assert "pip install somewhere" in methods.unavailable("cagrad")
+    assert methods.unavailable("ew") == methods.unavailable("pcgrad") == methods.unavailable(TUNED_WEIGHTS) == ""
+
+
+def test_fields_that_depend_on_the_training_are_taken_from_the_plan(monkeypatch):
+    taken = {}
+
+    class StandIn:
+        gradient_cosines = None
+
+        def __init__(self, base_optim, shared_params, **options):
+            taken.update(options)
+
+    monkeypatch.setattr(steps, "DualBalancedOptimizer", StandIn)
+    METHODS["warmup_third"](None, tiny_model(), Plan(TINY_TASKS, 100))
+    assert taken == {"warmup_steps": 33}
+    taken.clear()
+    METHODS["log_by_unit_norm_power_0.5"](None, tiny_model(), Plan(TINY_TASKS, 100))
+    assert taken == {"log_transform": {"sign": False, "sum": True}, "norm_power": 0.5}
+
+
+# ------------------------------------------------------------------ protocol
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_rate_grows_at_first_and_then_follows_its_schedule(schedule):
+    rates = [rate_factor(step, schedule=schedule, steps=200) for step in range(200)]
+    assert rates[0] == pytest.approx(0.25, rel=1e-3)
+    middle, end = {"cosine": (0.5, 6e-5), "steps": (0.1, 0.01)}.get(schedule, (1.0, 1.0))
+    assert rates[100] == pytest.approx(middle)
+    assert rates[-1] == pytest.approx(end, rel=0.05)
+    assert max(rates) <= 1
+
+
+def test_a_plateau_halves_the_rate_and_the_others_set_it_by_step():
+    def rate_after(name, gains):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        schedule = Schedule(name, optimizer, 10)
+        for gain in gains:
+            optimizer.step()
+            schedule.after_step()
+            schedule.after_check(gain)
+        return optimizer.param_groups[0]["lr"]
+
+    assert rate_after("plateau", [1, 2, 3, 4]) == 1
+    assert rate_after("plateau", [1, 2, 2, 2, 2]) == 0.5
+    assert rate_after("cosine", [1] * 5) == pytest.approx(0.5)
+    assert rate_after("constant", [1] * 5) == 1
+
+
+@pytest.mark.parametrize("steps", [1, 7, 60, 1000])
+def test_the_last_look_at_validation_data_is_after_the_last_step(steps):
+    looks = check_steps(steps)
+    assert len(looks) == len({*looks}) == min(training.CHECKS, steps)
+    assert looks[-1] == steps
+
+
+def test_validation_data_choose_the_step_that_is_scored(monkeypatch):
+    looked = [scores(0.5, 1.0, 9.0), scores(0.9, 0.5, 3.0), scores(0.8, 0.6, 3.5)]
+    checks = [Check(step, validation, {}) for step, validation in enumerate(looked, start=1)]
+    assert best_check(checks, TINY_TASKS).step == 2
+    states = []
+    real = training.evaluate
+
+    def fake(model, batch, tasks, device):
+        states.append(model.trunk[0].weight.clone())
+        return looked[len(states) - 1] if len(states) <= 3 else real(model, batch, tasks, device)
+
+    monkeypatch.setattr(training, "evaluate", fake)
+    run = train(tiny_problem(), steps.summed_loss, TINY_TASKS, Training(3, 0.01, seed=0))
+    assert run.scored_step == 2
+    assert run.validation == looked[1]
+    assert torch.equal(states[3], states[1])
+    assert not torch.equal(states[3], states[2])
+
+
+def test_a_metric_of_zero_has_no_say_in_the_choice():
+    reference = scores(0.0, 1.0, 10.0)
+    assert mean_gain(scores(0.5, 1.0, 5.0), reference, TINY_TASKS) == 50
+    assert mean_gain(scores(0.5, 1.0, 5.0), scores(0.0, 0.0, 0.0), TINY_TASKS) == 0
 
 
 # ------------------------------------------------------------------ tuned weights
@@ -331,34 +415,39 @@ def test_a_set_is_scored_by_parts_as_in_one_piece(monkeypatch):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_jobs_of_a_study_are_its_methods_and_the_single_task_models_of_every_seed(name):
-    planned = jobs_of(STUDIES[name], Choices("tiny", seeds=2, steps=5))
-    assert len({job.file_name for job in planned}) == len(set(planned)) == len(planned)
-    for seed in (0, 1):
-        own = [job for job in planned if job.seed == seed]
-        for optimizer in STUDIES[name].optimizers:
-            rates = {"adam": (0.001,), "sgd": (0.003, 0.01, 0.03, 0.1, 0.3)}[optimizer]
-            for rate in rates:
-                some = [job for job in own if job.optimizer == optimizer and job.learning_rate == rate]
-                compared = [(job.architecture, job.method) for job in some if not study_jobs.is_single_task(job.method)]
-                singles = [(job.architecture, job.method) for job in some if study_jobs.is_single_task(job.method)]
-                assert singles == [("hard", "stl-sign"), ("hard", "stl-sum")]
-                architectures = ("hard", "mtan") if name == "fig4" else ("hard",)
-                assert compared == [(arch, method) for arch in architectures for method in STUDIES[name].methods]
-    assert {*STUDIES[name].methods} <= {*METHODS, TUNED_WEIGHTS}
-    assert "ew" in STUDIES[name].methods
+    study = STUDIES[name]
+    planned = jobs_of(study, Choices("tiny", seeds=2, steps=5))
+    assert len({job.id for job in planned}) == len({*planned}) == len(planned)
+    architectures = ("hard", "mtan") if name == "fig4" else ("hard",)
+    expected = {("hard", "stl-sign"), ("hard", "stl-sum")} | {(a, m) for a in architectures for m in study.methods}
+    found = {}
+    for job in planned:
+        setting = (job.seed, job.optimizer, job.schedule, job.learning_rate)
+        found.setdefault(setting, set()).add((job.architecture, job.method))
+    rates = {"adam": (0.001,), "sgd": (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1)}
+    settings = {(s, o, d, r) for s in (0, 1) for o in study.optimizers for d in study.schedules for r in rates[o]}
+    assert found == dict.fromkeys(settings, expected)
+    assert {*study.methods} <= {*METHODS, TUNED_WEIGHTS}
+    assert "ew" in study.methods
+
+
+def test_a_task_that_is_not_judged_has_no_single_task_model():
+    singles = [job.method for job in jobs_of(STUDIES["fig2"], Choices("equation", 1, 5)) if is_single_task(job.method)]
+    assert singles == ["stl-measurements"]
 
 
 def test_any_study_runs_with_the_optimizers_that_are_asked_for(tmp_path, counted):
-    run_study(tmp_path, "fig2", "--optimizers", "sgd", "--learning-rates", "0.01", "--methods", "ew", "--seeds", "1")
+    setting = ["--optimizers", "sgd", "--schedules", "steps"]
+    run_study(tmp_path, "fig2", *setting, "--learning-rates", "0.01", "--methods", "ew", "--seeds", "1")
     assert counted == [("stl-sign", 0), ("stl-sum", 0), ("ew", 0)]
-    assert {run["job"]["optimizer"] for run in load_runs(tmp_path / "runs")} == {"sgd"}
-    study.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report", "--optimizers", "sgd"])
-    assert "| ew | 1 |" in (tmp_path / "fig2_sgd.md").read_text()
+    assert {(run["job"]["optimizer"], run["job"]["schedule"]) for run in load_runs(tmp_path)} == {("sgd", "steps")}
+    command.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report", *setting])
+    assert "| ew | 1 |" in (tmp_path / "fig2_sgd_steps.md").read_text()
 
 
 def test_choices_narrow_a_study():
     choices = Choices("tiny", 1, 5, architecture="mtan", learning_rates=(0.1, 0.2), methods=("ew", "db_mtl"))
-    compared = [job for job in jobs_of(STUDIES["table"], choices) if not study_jobs.is_single_task(job.method)]
+    compared = [job for job in jobs_of(STUDIES["main"], choices) if not is_single_task(job.method)]
     expected = [("mtan", method, rate) for method in ("ew", "db_mtl") for rate in (0.1, 0.2)]
     assert [(job.architecture, job.method, job.learning_rate) for job in compared] == expected
 
@@ -370,42 +459,44 @@ def test_choices_narrow_a_study():
 def counted(monkeypatch):
     """The methods and seeds that were really run."""
     runs = []
-    real = study_jobs.run_method
+    real = jobs.run_method
 
     def run(name, problem, settings):
         runs.append((name, settings.seed))
         return real(name, problem, settings)
 
-    monkeypatch.setattr(study_jobs, "run_method", run)
+    monkeypatch.setattr(jobs, "run_method", run)
     return runs
 
 
 def run_study(out, name="fig2", *arguments):
-    study.main([name, "--data", "tiny", "--out", str(out), "--processes", "1", "--seeds", "2", *arguments])
+    command.main([name, "--data", "tiny", "--out", str(out), "--processes", "1", "--seeds", "2", *arguments])
 
 
 FIG2 = [(method, seed) for seed in (0, 1) for method in ("stl-sign", "stl-sum", "ew", "imtl_l", "log_only")]
 
 
 def test_a_stopped_study_goes_on_where_it_stopped(tmp_path, counted, monkeypatch):
-    real = study_jobs.write_run
+    real = jobs.append
 
-    def interrupted(folder, job, record):
+    def interrupted(path, record):
         if len(counted) == 4:
             # What is left when a process ends in the middle of writing.
-            (folder / f".{job.file_name}.123").write_text('{"job": {"met')
+            with path.open("a") as file:
+                file.write('{"id":"tiny__hard__ew')
             raise KeyboardInterrupt
-        real(folder, job, record)
+        real(path, record)
 
-    monkeypatch.setattr(study_jobs, "write_run", interrupted)
+    monkeypatch.setattr(jobs, "append", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run_study(tmp_path)
     assert counted == FIG2[:4]
-    assert len(load_runs(tmp_path / "runs")) == 3
+    assert len(load_runs(tmp_path)) == 3
     counted.clear()
-    monkeypatch.setattr(study_jobs, "write_run", real)
+    monkeypatch.setattr(jobs, "append", real)
     run_study(tmp_path)
     assert counted == FIG2[3:]
+    assert len(load_runs(tmp_path)) == len(FIG2)
     counted.clear()
     run_study(tmp_path)
     assert counted == []
@@ -418,27 +509,26 @@ def test_studies_share_their_runs(tmp_path, counted):
     assert counted == [("beta_0", 0), ("beta_0", 1)]
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    job = Job("tiny", "hard", "ew", "adam", 3, 0.001, 0)
-
-    def fail(source, target):
-        raise OSError("no space")
-
-    monkeypatch.setattr(study_jobs.os, "replace", fail)
-    with pytest.raises(OSError, match="no space"):
-        study_jobs.write_run(tmp_path, job, {"job": {}})
-    assert load_runs(tmp_path) == []
-    assert unfinished([job, job], tmp_path) == [job]
+def test_a_study_of_the_course_of_training_makes_runs_again_that_kept_none(tmp_path, counted):
+    run_study(tmp_path, "fig2", "--methods", "ew", "--seeds", "1")
+    counted.clear()
+    run_study(tmp_path, "variance", "--methods", "ew", "--seeds", "1")
+    assert counted == [("stl-sign", 0), ("stl-sum", 0), ("ew", 0)]
+    assert len((tmp_path / "runs.jsonl").read_text().splitlines()) == 6
+    assert len(load_runs(tmp_path)) == len(load_runs(tmp_path, curves=True)) == 3
+    counted.clear()
+    run_study(tmp_path, "variance", "--methods", "ew", "--seeds", "1")
+    assert counted == []
 
 
 def test_a_failed_run_is_recorded_and_does_not_stop_the_others(tmp_path, counted, monkeypatch, capsys):
     def diverge(*arguments):
         raise RuntimeError("it diverged [at once]")
 
-    monkeypatch.setitem(METHODS, "imtl_l", diverge)
+    monkeypatch.setitem(METHODS, "imtl_l", lambda *arguments: diverge)
     run_study(tmp_path)
     assert counted == FIG2
-    failed = {(run["job"]["method"], run["job"]["seed"]) for run in load_runs(tmp_path / "runs") if "failed" in run}
+    failed = {(run["job"]["method"], run["job"]["seed"]) for run in load_runs(tmp_path) if "failed" in run}
     assert failed == {("imtl_l", 0), ("imtl_l", 1)}
     assert "it diverged [at once]" in capsys.readouterr().out
     counted.clear()
@@ -447,30 +537,30 @@ def test_a_failed_run_is_recorded_and_does_not_stop_the_others(tmp_path, counted
     monkeypatch.undo()
     monkeypatch.setitem(DATA, "tiny", TINY)
     run_study(tmp_path, "fig2", "--retry-failed")
-    assert not any("failed" in run for run in load_runs(tmp_path / "runs"))
+    assert not any("failed" in run for run in load_runs(tmp_path))
 
 
 def test_a_diverged_training_is_a_failed_run_not_a_number(tmp_path):
-    record = run_job(Job("tiny", "hard", "ew", "sgd", 50, 1e6, 0), Workplace(None, "cpu", tmp_path))
+    record, course = run_job(Job("tiny", "hard", "ew", "sgd", "cosine", 50, 1e6, 0), Workplace(None, "cpu", tmp_path))
     assert "the training diverged" in record["failed"]
     assert "scores" not in record
+    assert course is None
     json.dumps(record, allow_nan=False)
 
 
-def test_methods_that_lack_a_package_are_left_out_with_a_word(tmp_path, monkeypatch, counted, capsys):
-    monkeypatch.setattr(study, "missing_package", lambda method: "get a[b]" if method == "imtl_l" else "")
+def test_methods_that_cannot_run_are_left_out_with_a_word(tmp_path, monkeypatch, counted, capsys):
+    monkeypatch.setattr(command, "unavailable", lambda method: "get a[b]" if method == "imtl_l" else "")
     run_study(tmp_path)
     assert counted == [run for run in FIG2 if run[0] != "imtl_l"]
     assert "get a[b]" in capsys.readouterr().out
 
 
-def test_the_file_of_a_run_holds_all_that_reports_need(tmp_path):
-    torch.set_num_threads(1)
-    job = Job("tiny", "hard", "db_mtl", "sgd", 450, 0.001, 3)
-    assert list(run_all([job], Workplace(None, "cpu", tmp_path), processes=1)) == [(job, "")]
-    record = json.loads((tmp_path / "tiny__hard__db_mtl__sgd__450__0.001__3.json").read_text())
+def test_the_lines_of_a_run_hold_all_that_reports_need(tmp_path):
+    job = Job("tiny", "hard", "db_mtl", "sgd", "cosine", 450, 0.001, 3)
+    assert list(run_all([job], Workplace(None, "cpu", tmp_path, curves=True), processes=1)) == [(job, "")]
+    (record,) = load_runs(tmp_path)
+    assert record["id"] == job.id == "tiny__hard__db_mtl__sgd__cosine__450__0.001__3"
     assert record["job"] == vars(job)
-    assert record["problem"] == "tiny lines"
     assert record["environment"]["torch"] == torch.__version__
     for part in ("scores", "validation"):
         assert {task: list(metrics) for task, metrics in record[part].items()} == {
@@ -478,28 +568,30 @@ def test_the_file_of_a_run_holds_all_that_reports_need(tmp_path):
             "sum": ["MSE"],
         }
     assert record["scores"] != record["validation"]
-    assert record["seconds_per_step"] > 0
-    curves = record["curves"]
+    assert record["step"] in check_steps(450)
+    assert record["milliseconds"] > 0
+    assert "curves" not in record
+    (whole,) = load_runs(tmp_path, curves=True)
+    curves = whole["curves"]
     assert len(curves["steps"]) == len(curves["losses"]) == len(curves["weights"]) == len(curves["norms"]) == 200
     assert curves["steps"][-1] == 450
     assert all(
-        largest >= max(column)
-        for largest, column in zip(curves["largest_weights"], zip(*curves["weights"], strict=True), strict=True)
+        largest >= 0.99 * max(column)
+        for largest, column in zip(record["largest_weights"], zip(*curves["weights"], strict=True), strict=True)
     )
-    assert [window["step"] for window in record["windows"]] == [45 * k for k in range(1, 11)]
-    cosines = record["cosines_of_averages"]
+    assert [window["step"] for window in whole["windows"]] == [45 * k for k in range(1, 11)]
+    cosines = whole["cosines_of_averages"]
     assert cosines[0][0] == pytest.approx(1)
     assert cosines[0][1] == cosines[1][0]
 
 
 def test_runs_in_worker_processes_are_those_of_this_process(tmp_path):
-    job = Job("digits", "hard", "ew", "adam", 2, 0.001, 0)
+    job = Job("digits", "hard", "ew", "adam", "cosine", 2, 0.001, 0)
     for processes in (1, 2):
         place = Workplace(None, "cpu", tmp_path / str(processes))
         assert list(run_all([job], place, processes)) == [(job, "")]
     one, other = (load_runs(tmp_path / str(processes))[0] for processes in (1, 2))
     assert one["scores"] == other["scores"]
-    assert other["environment"]["threads"] == 1
 
 
 @pytest.mark.parametrize(
@@ -511,30 +603,30 @@ def test_runs_in_worker_processes_are_those_of_this_process(tmp_path):
         (["fig2", "--device", "cuda:99"], "'cuda:99' cannot be used"),
         (["fig2", "--seeds", "0"], "must be a whole number of at least 1"),
         (["fig2", "--data", "digit_domains"], "digit_domains needs a file"),
+        (["fig2", "--schedules", "never"], "invalid choice: 'never'"),
+        ([], "the following arguments are required: NAME, --report or --readme"),
     ],
 )
 def test_study_refuses_bad_arguments(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        study.parse_arguments(["--data", "tiny", "--out", str(tmp_path), *arguments])
+        command.parse_arguments(["--data", "tiny", "--out", str(tmp_path), *arguments])
     assert message in capsys.readouterr().err
 
 
 def test_steps_seeds_and_folder_default_to_those_of_the_data_set():
-    options = study.parse_arguments(["fig2", "--data", "tiny"])
-    assert (options.steps, options.seeds, options.out.name) == (3, study.SEEDS, "tiny")
-    quick = study.parse_arguments(["fig2", "--data", "tiny", "--quick"])
-    assert (quick.steps, quick.seeds, quick.out.name) == (study.QUICK_STEPS, study.QUICK_SEEDS, "tiny_quick")
+    options = command.parse_arguments(["fig2", "--data", "tiny"])
+    assert (options.steps, options.seeds, options.out.name) == (3, command.SEEDS, "tiny")
+    quick = command.parse_arguments(["fig2", "--data", "tiny", "--quick"])
+    assert (quick.steps, quick.seeds, quick.out.name) == (command.QUICK_STEPS, command.QUICK_SEEDS, "tiny_quick")
 
 
 # ------------------------------------------------------------------ reports
 
-RUN = {"seconds_per_step": 0.01, "seconds": 1.0, "problem": "tiny lines", "batch_size": 8}
 
-
-def handwritten(method, seed, scores, *, validation=None, optimizer="adam", rate=0.001, **fields):
-    job = Job("tiny", "hard", method, optimizer, 5, rate, seed)
-    record = RUN | {"job": vars(job), "environment": {"torch": "2", "device": "cpu"}, "scores": scores}
-    return record | {"validation": validation or scores, "windows": [], "curves": None} | fields
+def handwritten(method, seed, scores, *, validation=None, optimizer="adam", schedule="cosine", rate=0.001, **fields):
+    job = Job("tiny", "hard", method, optimizer, schedule, 5, rate, seed)
+    record = {"id": job.id, "job": vars(job), "environment": {"torch": "2", "device": "cpu"}, "milliseconds": 10.0}
+    return record | {"step": 5, "scores": scores, "validation": validation or scores} | fields
 
 
 def scores(accuracy, loss, error):
@@ -555,8 +647,8 @@ HANDWRITTEN = [
     handwritten("ew", 0, scores(0.4, 1.0, 11.0)),
     handwritten("ew", 1, scores(0.8, 1.0, 19.0)),
     # Seed 0: ((20 + 0) / 2 + 20) / 2 = 15. Seed 1: ((25 + 25) / 2 + 10) / 2 = 17.5.
-    handwritten("log_only", 0, scores(0.6, 1.0, 8.0), seconds_per_step=0.03),
-    handwritten("log_only", 1, scores(1.0, 1.5, 18.0), seconds_per_step=0.03),
+    handwritten("log_only", 0, scores(0.6, 1.0, 8.0), milliseconds=30.0),
+    handwritten("log_only", 1, scores(1.0, 1.5, 18.0), milliseconds=30.0),
 ]
 FAILED = {key: value for key, value in handwritten("imtl_l", 1, {}).items() if key not in ("scores", "validation")}
 FAILED["failed"] = "RuntimeError: it diverged"
@@ -597,7 +689,7 @@ def test_a_failed_run_ranks_last_and_is_named():
     # Seed 0: accuracy 2, loss a tie of three, error 2. Seed 1: last of three in everything.
     assert ranks["imtl_l"] == pytest.approx(((2 + 2) / 2 + 2) / 4 + 3 / 2)
     lines = failure_lines(STUDIES["fig2"], ["hard"], WITH_FAILURE)
-    assert lines == ["- imtl_l, hard, adam, learning rate 0.001, seed 1: RuntimeError: it diverged"]
+    assert lines == ["- imtl_l, hard, adam, cosine, learning rate 0.001, seed 1: RuntimeError: it diverged"]
 
 
 def test_the_learning_rate_is_chosen_on_validation_data_and_judged_on_test_data():
@@ -639,14 +731,32 @@ def test_a_row_without_single_task_models_has_no_delta_p():
     assert zero.delta_p == {}
 
 
+def test_methods_are_compared_under_each_schedule_by_itself():
+    constant = [
+        record | {"job": record["job"] | {"schedule": "constant"}, "scores": record["scores"]} for record in HANDWRITTEN
+    ]
+    rows = rows_of(STUDIES["stress"], ["hard"], [*HANDWRITTEN[:3], *constant], TINY_TASKS)
+    assert [(row.method, row.schedule, len(row.delta_p)) for row in rows] == [
+        ("ew", "constant", 2),
+        ("log_only", "constant", 2),
+    ]
+    rows = rows_of(STUDIES["schedules"], ["hard"], [*HANDWRITTEN, *constant[4:]], TINY_TASKS)
+    assert [(row.method, row.schedule, len(row.delta_p)) for row in rows] == [
+        ("ew", "cosine", 2),
+        ("log_only", "cosine", 2),
+        ("ew", "constant", 0),
+        ("log_only", "constant", 0),
+    ]
+
+
 def write(folder, records):
     for record in records:
-        study_jobs.write_run(folder / "runs", Job(**record["job"]), record)
+        files.append(folder / "runs.jsonl", record | {"id": Job(**record["job"]).id})
 
 
 def test_the_report_shows_the_numbers_and_the_failures(tmp_path):
     write(tmp_path, WITH_FAILURE)
-    study.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report"])
+    command.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report"])
     text = (tmp_path / "fig2.md").read_text()
     rows = {line.split(" | ")[0].removeprefix("| "): line.split(" | ") for line in text.splitlines() if " | " in line}
     assert rows["method"][6:] == ["time / ew", "sign accuracy ↑", "sign loss ↓", "sum MSE ↓ |"]
@@ -664,16 +774,16 @@ def test_the_report_shows_the_numbers_and_the_failures(tmp_path):
 def test_the_report_takes_the_longest_runs_unless_told_otherwise(tmp_path):
     short = [record | {"job": record["job"] | {"steps": 2}} for record in HANDWRITTEN[:5]]
     write(tmp_path, [*HANDWRITTEN, *short])
-    study.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report"])
+    command.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report"])
     assert "5 steps" in (tmp_path / "fig2.md").read_text()
-    study.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report", "--steps", "2"])
+    command.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report", "--steps", "2"])
     text = (tmp_path / "fig2.md").read_text()
     assert "2 steps" in text
     assert "log_only" not in text
 
 
 def test_a_report_without_runs_says_so(tmp_path, capsys):
-    study.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report"])
+    command.main(["fig2", "--data", "tiny", "--out", str(tmp_path), "--report"])
     assert "there are no runs" in capsys.readouterr().out
     assert not (tmp_path / "fig2.md").exists()
 
@@ -686,32 +796,106 @@ def folder_of_all_runs(tmp_path_factory):
         patch.setitem(DATA, "tiny", TINY)
         planned = [job for chosen in STUDIES.values() for job in jobs_of(chosen, Choices("tiny", seeds=1, steps=4))]
         slow = {prefix + name for name in AGGREGATORS if name != "pcgrad" for prefix in ("", "log_")}
-        runs = [job for job in planned if job.method not in slow]
-        results = list(run_all(unfinished(runs, folder), Workplace(None, "cpu", folder / "runs"), processes=1))
-    assert len(results) == len(set(runs))
+        runs = [job for job in planned if job.method not in slow and not methods.unavailable(job.method)]
+        place = Workplace(None, "cpu", folder / "tiny", curves=True)
+        results = list(run_all(unfinished(runs, place), place, processes=1))
+    assert len(results) == len({*runs})
     return folder
 
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_has_a_report_and_a_picture(name, folder_of_all_runs):
-    study.main([name, "--data", "tiny", "--out", str(folder_of_all_runs), "--report"])
-    text = (folder_of_all_runs / f"{name}.md").read_text()
+    folder = folder_of_all_runs / "tiny"
+    command.main([name, "--data", "tiny", "--out", str(folder), "--report"])
+    text = (folder / f"{name}.md").read_text()
     assert text.startswith(f"# {STUDIES[name].title}\n")
     methods_shown = {line.split(" | ")[0] for line in text.splitlines()}
     assert {"| stl", "| ew"} <= methods_shown
-    assert (folder_of_all_runs / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-    quantity = study.WINDOWS_OF.get(name)
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    quantity = command.WINDOWS_OF.get(name)
     assert (" → " in text) == (quantity is not None)
-    assert name in study_pictures.PICTURES or "Cosine between" not in text
+    assert name in pictures.PICTURES or "Cosine between" not in text
+
+
+def test_one_command_reports_on_all_data_sets(folder_of_all_runs, capsys):
+    command.main(["--report", "--out", str(folder_of_all_runs)])
+    text = (folder_of_all_runs / "tiny" / "report.md").read_text()
+    headings = [line for line in text.splitlines() if line.startswith("# ")]
+    assert headings == [f"# {STUDIES[name].title}" for name in command.REPORTED]
+    assert (folder_of_all_runs / "tiny" / "time.png").read_bytes().startswith(b"\x89PNG")
+    assert "| db_mtl | `the defaults` |" in (folder_of_all_runs / "overview.md").read_text()
 
 
 def test_the_overview_sets_data_sets_side_by_side(tmp_path, capsys):
     write(tmp_path / "tiny", WITH_FAILURE)
-    overview.main([str(tmp_path)])
+    command.main(["--report", "--out", str(tmp_path)])
     lines = [line for line in (tmp_path / "overview.md").read_text().splitlines() if line.startswith("| ")]
     assert lines[0] == "| data | seeds | equal weighting | log only |"
-    assert lines[2] == "| Tiny lines, hard | 2 | +2.5 ± 17.7 | **+16.2 ± 1.8** |"
+    assert lines[2] == "| Tiny lines | 2 | +2.5 ± 17.7 | **+16.2 ± 1.8** |"
+    assert lines[-2:] == [
+        "| tiny | hard | adam | cosine | 5 | 2 | ew, log_only |",
+        "| tiny | hard | adam | cosine | 5 | 1 | imtl_l |",
+    ]
     assert (tmp_path / "overview.png").read_bytes().startswith(b"\x89PNG")
-    with pytest.raises(SystemExit):
-        overview.main([str(tmp_path / "nothing")])
-    assert "run benchmarks.study first" in capsys.readouterr().err
+    command.main(["--report", "--out", str(tmp_path / "nothing")])
+    assert "there are no runs" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ what to try first
+
+GAINS = {
+    "digits": {"ew": {0: 0.0, 1: 2.0}, "log_only": {0: 4.0, 1: 4.0}, "db_mtl": {0: -1.0, 1: 1.0}, "beta_0": {0: 3.0}},
+    "scenes": {"ew": {0: 1.0}, "log_only": {0: 0.0}, "db_mtl": {0: 5.0}, "beta_0": {0: 6.0}},
+}
+
+
+def test_the_distance_of_a_setting_is_to_the_best_end_over_common_seeds():
+    assert recommend.distance(GAINS["digits"], "db_mtl") == 4
+    assert recommend.distance(GAINS["digits"], "beta_0") == 1
+    assert recommend.distance(GAINS["scenes"], "beta_0") == -1
+    assert recommend.distance(GAINS["digits"], "norm_1") is None
+
+
+def test_the_setting_with_the_least_worst_distance_is_recommended_and_held_out_data_only_test_it():
+    held_out = {recommend.HELD_OUT[0]: GAINS["scenes"] | {"beta_0": {0: -90.0}}}
+    best, *others = recommend.ranked(GAINS | held_out)
+    assert (best.method, best.worst, best.distances["scenes"]) == ("beta_0", 1, -1)
+    assert best.distances[recommend.HELD_OUT[0]] == 95
+    assert [other.method for other in others] == ["db_mtl", "log_only"]
+    assert recommend.ranked({}) == recommend.ranked(held_out) == []
+    header, rows = recommend.table([best], [*GAINS, *held_out])
+    assert header == ["setting", "arguments", "worst", "digits", "scenes", f"{recommend.HELD_OUT[0]}, held out"]
+    assert rows == [["beta_0", "`beta=0`", "+1.0", "+1.0", "-1.0", "+95.0"]]
+
+
+def test_a_method_that_is_another_one_on_these_tasks_counts_as_that_one():
+    methods = ("log_by_unit", "log_by_unit_no_rescale", "log_by_unit_norm_power_0.5")
+    for data, names in (
+        ("digits", methods),
+        ("digit_domains", ("max_norm_only", "ew", methods[2])),
+        ("friedman", ("db_mtl", "log_only", "norm_power_0.5")),
+    ):
+        planned = jobs_of(STUDIES["main"], Choices(data, 1, 5, methods=methods))
+        assert tuple(job.method for job in planned if not is_single_task(job.method)) == names
+    best = recommend.ranked({"friedman": GAINS["scenes"]})
+    assert [candidate.method for candidate in best if candidate.worst == 0] == ["db_mtl", "log_by_unit"]
+
+
+def test_the_table_of_the_readme_has_the_recommended_setting_above_equal_weighting():
+    gains = {"ew": {0: 0.0, 1: 2.0}, "log_only": {0: 0.0, 1: 0.0}, "db_mtl": {0: 3.0, 1: 6.0}}
+    lines = [overview.Line("digits", "Two digits", gains), overview.Line("tiny", "Tiny lines", gains)]
+    assert overview.readme_table(lines).splitlines() == [
+        "| data | `the defaults`: Delta_p above equal weighting, points [95 %] |",
+        "| --- | ---: |",
+        f"| {overview.README_DATA['digits']} | +3.5 [+3.0, +4.0] |",
+    ]
+    assert overview.readme_table([]) == ""
+
+
+def test_the_readme_shows_what_the_published_runs_say(capsys):
+    command.main(["--readme"])
+    printed = capsys.readouterr().out.strip()
+    readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
+    begin, end = "<!-- evidence -->", "<!-- /evidence -->"
+    shown = readme[readme.index(begin) + len(begin) : readme.index(end)].strip() if begin in readme else printed
+    assert shown == printed

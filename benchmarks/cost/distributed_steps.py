@@ -79,7 +79,7 @@ def make_job(name: str, tasks: int, ranks: int) -> Job:
 def digits_job(ranks: int) -> Job:
     """Two overlaid digits and their image: the network, images and losses of `benchmarks.digits`."""
     # Kept in this one function: all that is used of the main job.
-    from benchmarks.digits import MAX_PIXEL, build_model, load_images, overlay
+    from benchmarks.data.digits import MAX_PIXEL, build_model, load_images, overlay
 
     images, labels = load_images()
 

@@ -16,9 +16,8 @@ Source: Lin et al., "Dual-Balancing for Multi-Task Learning", arXiv 2308.12029, 
 """
 
 from ._rule import Balance
-from ._store import FlatGradientBuffer
 from .optimizer import DualBalancedOptimizer
 
-__all__ = ["Balance", "DualBalancedOptimizer", "FlatGradientBuffer"]
+__all__ = ["Balance", "DualBalancedOptimizer"]
 
 __version__ = "0.2.0"

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ._meeting import Alone
 from ._numbers import Flag, accumulation_dtype, real, squares_of, total_of
-from ._passes import Gradients, Pass, Passes
+from ._passes import Pass, Passes
 from ._step import Batch, Step, add_rest, by_parameter
 from ._store import finite
 
@@ -53,6 +53,8 @@ def aggregated_step(
     """
     store, terms, layout = batch.known.store, batch.terms, batch.layout
     number = len(batch.losses.names)
+    if not store.keeps_rows:
+        raise TypeError("an aggregator needs rows")
     averages = store.averages()
     matrix = _matrix(averages, number)
     norms = torch.full((number,), math.nan, dtype=matrix.dtype, device=store.device)
@@ -90,7 +92,7 @@ def _combined(
     refused = batch.terms.refuses and any(math.isnan(sizes[task]) for task in batch.present)
     # A zero gradient takes no part, as under the max-norm rule.
     tasks = [task for task in batch.present if sizes[task] > 0]
-    new = {task: cut(matrix[task], layout.averaged) for task in batch.present if not math.isnan(sizes[task])}
+    new = {t: _cut(matrix[t], layout.averaged) for t in batch.present if not math.isnan(sizes[t])}
     averages = [{task: row[index] for task, row in new.items()} for index in range(len(layout.averaged))]
     vector, ok = matrix.new_zeros(matrix.shape[1]), True
     if tasks and not refused:
@@ -98,7 +100,9 @@ def _combined(
         rows = matrix[tasks] * known.task_weights[tasks].to(matrix.dtype)[:, None]
         vector = ranks.everywhere(lambda: combine(aggregator, rows), vector)
         ok = bool(vector.isfinite().all())
-    shared = by_parameter(layout.averaged, cut(vector, layout.averaged)) if ok and new and not refused else {}
+    shared = (
+        dict(zip(layout.averaged, _cut(vector, layout.averaged), strict=True)) if ok and new and not refused else {}
+    )
     ok = ok or not batch.terms.refuses
     return Step(norms, weights, bool(shared), shared, rest, reached, batch.present, ok, averages)
 
@@ -157,9 +161,9 @@ def combine(aggregator: Aggregator, matrix: Tensor) -> Tensor:
     return vector.detach().to(dtype)
 
 
-def cut(vector: Tensor, like: Sequence[Tensor]) -> Gradients:
+def _cut(vector: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
     """The vector as one tensor for each parameter, shaped and strided like it."""
-    result: Gradients = []
+    result: list[Tensor] = []
     start = 0
     for parameter in like:
         dtype = vector.dtype.to_complex() if parameter.is_complex() else vector.dtype

@@ -42,7 +42,7 @@ def check_capture(parts: Parts, layout: Layout, scaler: Any, *, micro_batch: boo
         (settings.refresh_every > 1, "refresh_every=1: replays are all alike, so none would measure norms anew"),
         (
             known is None or not are_same(known.rows, layout.averaged),
-            "a batch outside of it before, of the same parameters, which makes their averages; see README, CUDA graphs",
+            "a batch outside of it before, of the same parameters, which makes their averages; see README",
         ),
     )
     for refused, text in needs:

@@ -11,9 +11,9 @@ from torch.optim import Optimizer
 from ._batch import Parts, new_store
 from ._checks import check_schedule, read_task_weights
 from ._members import Layout, are_same
-from ._meeting import Alone
 from ._processes import ALONE
-from ._state import Averages, Saved, check_fits, merge, new_averages, role, split
+from ._state import Averages, new_averages
+from ._state_dict import FROZEN, REACHED, SHARED, Saved, check_fits, merge, split
 
 
 def saved_state(parts: Parts, base_optim: Optimizer) -> dict[str, Any]:
@@ -34,24 +34,22 @@ def saved_state(parts: Parts, base_optim: Optimizer) -> dict[str, Any]:
         for parameter, rows in zip(known.rows, known.store.averages(), strict=True):
             if parameter in places:
                 averages[places[parameter]] = [ranks.entry(row, parameter) for row in rows]
-    trained = set(layout.shared)
-    counted = state.averages
-    method = Saved(
-        tasks=state.tasks,
-        named=state.named,
-        counts=[] if counted is None else counted.counts.tolist(),
-        batches=0 if counted is None else int(counted.batches),
-        ages=[] if counted is None else list(counted.ages),
-        beta=state.beta,
-        beta_decay=state.beta_decay,
-        task_weights=state.task_weights,
-        roles={
-            position: role(layout.parameters[position] in state.reached, layout.parameters[position] in trained)
-            for position in members.positions()
-        },
-        averages=averages,
-    )
-    return merge(base_optim.state_dict(), method, len(layout.parameters))
+    trained, counted = set(layout.shared), state.averages
+    header = {
+        "tasks": state.tasks,
+        "named": state.named,
+        "counts": [] if counted is None else counted.counts.tolist(),
+        "batches": 0 if counted is None else int(counted.batches),
+        "ages": [] if counted is None else counted.ages,
+        "beta": state.beta,
+        "beta_decay": state.beta_decay,
+        "task_weights": state.task_weights,
+    }
+    roles = {}
+    for position in members.positions():
+        parameter = layout.parameters[position]
+        roles[position] = FROZEN if parameter not in trained else REACHED if parameter in state.reached else SHARED
+    return merge(base_optim.state_dict(), Saved(header, roles, averages), len(layout.parameters))
 
 
 def load_state(parts: Parts, base_optim: Optimizer, state_dict: dict[str, Any]) -> None:
@@ -64,7 +62,8 @@ def load_state(parts: Parts, base_optim: Optimizer, state_dict: dict[str, Any]) 
         start_anew(parts)
         return
     check_fits(saved, state, layout.parameters)
-    check_schedule(saved.beta, saved.beta_decay)
+    header = saved.header
+    check_schedule(header["beta"], header["beta_decay"])
     base_optim.load_state_dict(base)
     members.keep(saved.averages)
     layout = parts.layout(base_optim)
@@ -75,33 +74,33 @@ def load_state(parts: Parts, base_optim: Optimizer, state_dict: dict[str, Any]) 
     }
     parts.pending.clear()
     parts.pending.balance, parts.pending.loaded = None, True
-    state.beta, state.beta_decay = saved.beta, saved.beta_decay
-    state.task_weights = saved.task_weights or state.task_weights
+    state.beta, state.beta_decay = float(header["beta"]), float(header["beta_decay"])
+    state.task_weights = header["task_weights"] or state.task_weights
     state.reached.clear()
-    state.reached.update(layout.parameters[p] for p, what in saved.roles.items() if what == "reached")
-    if saved.tasks is None or not saved.counts:
+    state.reached.update(layout.parameters[position] for position, role in saved.roles.items() if role == REACHED)
+    if header["tasks"] is None or not header["counts"]:
         state.averages = None
-        return
-    _fill(_room(parts, saved, layout, parts.processes.over(layout)), saved, own, parts)
+    else:
+        _fill(_room(parts, saved, layout), header, own, parts)
 
 
-def _room(parts: Parts, saved: Saved, layout: Layout, ranks: Alone) -> Averages:
+def _room(parts: Parts, saved: Saved, layout: Layout) -> Averages:
     """The averages to load into: those that are there, so that a captured graph goes on, or new ones."""
-    known, tasks = parts.state.averages, saved.tasks or ()
+    known, tasks = parts.state.averages, saved.header["tasks"]
     fits = known is not None and len(known.tasks) == len(tasks) and are_same(known.rows, layout.averaged)
     if known is None or not fits or known.store.keeps_rows != bool(saved.averages):
-        store = new_store(parts, layout, ranks, len(tasks))
-        known = parts.state.averages = new_averages(tasks, saved.named, store, list(layout.averaged), None)
-    known.tasks, known.named = tasks, saved.named
+        store = new_store(parts, layout, parts.processes.over(layout), len(tasks))
+        known = parts.state.averages = new_averages(tasks, False, store, list(layout.averaged), None)
+    known.tasks, known.named = tasks, bool(saved.header["named"])
     return known
 
 
-def _fill(known: Averages, saved: Saved, rows: dict[Tensor, list[Tensor]], parts: Parts) -> None:
+def _fill(known: Averages, header: dict[str, Any], rows: dict[Tensor, list[Tensor]], parts: Parts) -> None:
     """Write a checkpoint's numbers in place."""
-    missing: list[None] = [None] * len(saved.counts)
-    known.counts.copy_(torch.tensor(saved.counts))
-    known.batches.fill_(saved.batches)
-    known.ages[:] = saved.ages
+    missing: list[None] = [None] * len(known.tasks)
+    known.counts.copy_(torch.tensor(header["counts"]))
+    known.batches.fill_(header["batches"])
+    known.ages[:] = header["ages"]
     set_weights(known, parts.state.task_weights)
     if known.store.keeps_rows:
         known.store.load_averages([rows.get(parameter) or missing for parameter in known.rows])

@@ -53,7 +53,7 @@ def check_rule(rule: Rule, aggregated: bool) -> None:
     target = rule.norm_target
     named = target is None or (isinstance(target, str) and target in NORM_TARGETS)
     require(
-        named or (is_number(target) and target > 0),  # type: ignore[operator]
+        named or (isinstance(target, int | float) and is_number(target) and target > 0),
         "norm_target",
         f"one of {(*NORM_TARGETS, None)} or a number > 0",
         target,
@@ -70,7 +70,7 @@ def check_rule(rule: Rule, aggregated: bool) -> None:
     )
     require(isinstance(rule.fade_solved, bool), "fade_solved", "True or False", rule.fade_solved)
     # A task that a mapping does not name has its log taken.
-    _check_together(rule, aggregated, isinstance(logs, Mapping) or any(entries))  # type: ignore[arg-type]
+    _check_together(rule, aggregated, isinstance(logs, Mapping) or any(entries))
 
 
 def _check_together(rule: Rule, aggregated: bool, any_log: bool) -> None:
@@ -163,7 +163,8 @@ def needs_more(text: str, base_optim: Optimizer) -> str | None:
         return f"base_optim must step without a closure, but {name} needs one ({text}); use a first-order optimizer"
     if "create_graph" in text or "does not require grad" in text or "grad_fn" in text:
         return (
-            f"base_optim must step on plain gradients, but {name} differentiates them again ({text}); balanced gradients "
+            f"base_optim must step on plain gradients, but {name} differentiates them again ({text}); "
+            "balanced gradients "
             "have no graph; use a first-order optimizer"
         )
     return None

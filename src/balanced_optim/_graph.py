@@ -173,8 +173,11 @@ def _overwrites(kinds: set[type]) -> str:
             f"needs: its backward overwrites what the forward saved; nothing was changed; {REMEDY}"
         )
     return (
-        f"the backward of {' or '.join(functions)} gives another gradient when its graph is used a second time, as one pass "
-        "a task needs: it overwrites what its forward saved; nothing was changed; use another implementation of it (most "
-        "fused kernels have a switch for that, or compute in the eager form), or, if its backward has noise of its own, "
+        f"the backward of {' or '.join(functions)} gives another gradient when its graph is used a second "
+        "time, as one pass "
+        "a task needs: it overwrites what its forward saved; nothing was changed; use another implementation "
+        "of it (most "
+        "fused kernels have a switch for that, or compute in the eager form), or, if its backward has noise "
+        "of its own, "
         f"set {functions[0]}.{NOISY} = True"
     )

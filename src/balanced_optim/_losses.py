@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
+
+from ._members import parameters_of
+from ._state import Pending
 
 Losses = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 Samples = float | Sequence[float] | Mapping[str, float] | Tensor
@@ -59,6 +64,31 @@ def _scalar(loss: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     if value.dim() or value.dtype != dtype or value.device != device:
         return value.reshape(()).to(device, dtype)
     return value
+
+
+def run_closure(
+    closure: Callable[[], Any], losses: Losses | None, pending: Pending, base_optim: Optimizer
+) -> Losses | None:
+    """What the closure returned, or `losses` where a trainer passes a closure that only wraps them."""
+    if not callable(closure):
+        raise TypeError(
+            f"closure must be a function that returns the task losses, got {type(closure).__name__}; "
+            "pass losses themselves as step(losses); through a trainer's wrapper, such as Lightning Fabric's, as "
+            "step(losses=...), or call backward(losses) and then step()"
+        )
+    with torch.enable_grad():
+        returned: Losses | None = closure()
+    if returned is None:
+        filled = any(parameter.grad is not None for parameter in parameters_of(base_optim))
+        if losses is None and not (filled or pending.skip_next_step or pending.micro_batches is not None):
+            raise TypeError(
+                "closure must return the task losses, got None and no .grad is set; end it with `return losses`, "
+                "without .backward()"
+            )
+        return losses
+    if losses is not None:
+        raise TypeError("step() takes losses or a closure, got both; leave one out")
+    return returned
 
 
 def read_losses(losses: Losses, names: tuple[str, ...] | None, named: bool) -> TaskLosses:

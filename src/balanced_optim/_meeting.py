@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ._numbers import Flag, Scalar
-from ._passes import Passes, Take, take_backward, take_grad
+from ._passes import Heard, Passes, Take, take_backward, take_grad
 
 # The message before a step has room for this many tasks, so that its size does not depend on what a rank takes T for.
 _ROOM = 64
@@ -80,7 +80,7 @@ class Alone:
         """Stage: gradients added up over all ranks."""
         return passes
 
-    def close(self, norms: Tensor, rest: dict[Tensor, Tensor], reached: set[Tensor]) -> tuple[Any, Any, Any]:
+    def close(self, norms: Tensor, rest: dict[Tensor, Tensor], reached: set[Tensor]) -> Heard:
         """After the passes: what all ranks have. Raises if one of them failed."""
         return norms, rest, reached
 

@@ -8,7 +8,7 @@ from operator import is_
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.optim import Optimizer
 
 
@@ -19,7 +19,7 @@ def parameters_of(base_optim: Optimizer) -> list[Tensor]:
 
 def is_lazy(parameter: Tensor) -> bool:
     """Whether a lazy module has yet to give the parameter its shape."""
-    return isinstance(parameter, UninitializedTensorMixin)
+    return isinstance(parameter, UninitializedParameter | UninitializedBuffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ class Members:
         return here
 
     def start_anew(self, base_optim: Optimizer) -> None:
-        """Take the parameters as they are now: replaced ones at their places, whatever their shape; drop what is gone."""
+        """Take the parameters as they are: replaced ones at their places, whatever their shape; drop what is gone."""
         parameters = parameters_of(base_optim)
         places, old = {parameter: index for index, parameter in enumerate(parameters)}, set(self.known)
         kept = []

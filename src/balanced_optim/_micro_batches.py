@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._members import Layout
 from ._meeting import Totals
+from ._members import Layout
 from ._numbers import add_gradients, dense
 from ._passes import Pass, Passes
 

@@ -13,6 +13,7 @@ from ._micro_batches import MicroBatches, added, sum_of
 from ._numbers import Flag, dense, on_device
 from ._passes import Gradients, Pass, Passes, Take, hidden_part
 from ._rule import Rule
+from ._state import Averages
 from ._step import Batch, Close, Step, add_rest, apart, by_parameter
 from ._store import finite
 
@@ -31,8 +32,8 @@ def one_backward_step(
         measure: short passes that stop at `norm_params` and heads; None to reuse the norms that are known.
         batch: its facts.
         rule: how norms become weights.
-        joint: makes the joint pass of ``sum_t w_t log(loss_t + eps)`` for weights (T,) and the tasks that count, with the
-            heads where asked.
+        joint: makes the joint pass of ``sum_t w_t log(loss_t + eps)`` for weights (T,) and the tasks that count,
+            with the heads where asked.
         close: see `exact_step`.
     """
     store, terms, known = batch.known.store, batch.terms, batch.known
@@ -170,3 +171,13 @@ def outside_heads(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> lis
     if any(leaf._backward_hooks for leaf in outside):
         raise RuntimeError(hidden_part(["with a hook on a leaf"]))
     return outside
+
+
+def note(step: Step, known: Averages) -> None:
+    """Keep the latest norm of every task, and how many steps ago each was measured."""
+    counted = step.norms.isfinite()
+    known.norms.copy_(torch.where(counted, step.norms, known.norms))
+    # A device is not asked which tasks it took.
+    took = [True] * len(known.tasks) if on_device(counted.device) else counted.tolist()
+    fresh = {task for task in step.measured if took[task]}
+    known.ages[:] = [1 if task in fresh else age and age + 1 for task, age in enumerate(known.ages)]

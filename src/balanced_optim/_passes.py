@@ -6,7 +6,7 @@ that a pass has brought: it may be another parameter's too, or belong to a hook.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -16,6 +16,8 @@ from torch import Tensor
 from ._numbers import Flag
 
 Gradients = list[Tensor | None]
+# Norms, gradients of heads and reached parameters: of this rank, and then of all.
+Heard = tuple[Tensor, dict[Tensor, Tensor], set[Tensor]]
 Take = Callable[..., Gradients]
 
 # How to compile for several backward passes over one graph.
@@ -44,13 +46,13 @@ class Pass:
     ok: Flag = True
 
 
-Passes = Iterator[Pass]
+Passes = Generator[Pass, None, None]
 
 
 @contextmanager
 def set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
     """Take every `.grad` that is there, and give it back at the end, whatever happens."""
-    before = taken(parameters)
+    before = pop_gradients(parameters)
     try:
         yield
     finally:
@@ -58,7 +60,7 @@ def set_aside(parameters: Sequence[Tensor]) -> Iterator[None]:
             parameter.grad = gradient
 
 
-def taken(parameters: Iterable[Tensor]) -> Gradients:
+def pop_gradients(parameters: Iterable[Tensor]) -> Gradients:
     """Every parameter's `.grad`, which is None afterwards."""
     gradients = [parameter.grad for parameter in parameters]
     for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -106,7 +108,7 @@ def take_backward(
         if (text := remedy_for(str(error), names)) is None:
             raise
         raise RuntimeError(text) from error
-    return taken(parameters)
+    return pop_gradients(parameters)
 
 
 def take_grad(
@@ -130,7 +132,7 @@ def take_grad(
         if (text := remedy_for(str(error), names)) is None:
             raise
         raise RuntimeError(text) from error
-    if any(gradient is not None for gradient in taken(parameters)):
+    if any(gradient is not None for gradient in pop_gradients(parameters)):
         raise RuntimeError(hidden_part(names))
     found = dict(zip(kept, gradients, strict=True))
     return [found.get(parameter) for parameter in parameters]
@@ -139,8 +141,10 @@ def take_grad(
 def hidden_part(names: Sequence[str]) -> str:
     """The message for a loss that runs a backward pass of its own inside of ours."""
     return (
-        f"the loss of task {' and '.join(map(repr, names))} must reach parameters through its graph, but a hook in it runs "
-        "a backward pass of its own, whose part would be lost with norm_params or process_group; compute the loss without "
+        f"the loss of task {' and '.join(map(repr, names))} must reach parameters through its graph, but a "
+        "hook in it runs "
+        "a backward pass of its own, whose part would be lost with norm_params or process_group; compute the "
+        "loss without "
         "it (no cached or chunked backward inside), or use the exact form in one process"
     )
 
@@ -151,7 +155,8 @@ def remedy_for(text: str, names: Sequence[str]) -> str | None:
     if "backward through the graph a second time" in text:
         return (
             f"the graph of task {tasks} is gone: step() and backward() need losses that no backward pass has used yet; "
-            "drop any loss.backward() before them and compute the losses anew for every step; a state carried over from "
+            "drop any loss.backward() before them and compute the losses anew for every step; a state "
+            "carried over from "
             "an earlier batch (a recurrent network's) needs state.detach()"
         )
     if "donated buffers" in text:
@@ -167,7 +172,9 @@ def remedy_for(text: str, names: Sequence[str]) -> str | None:
 def given_once(error: LookupError, name: str) -> RuntimeError:
     """What a pass after the first has to say where a hook looked up something that is no longer there."""
     return RuntimeError(
-        f"the backward pass of task {name!r} failed with {type(error).__name__}: {error}, after that of another task went "
-        "well; balancing makes one backward pass a task over one graph, so hooks on saved tensors (activation offloading) "
+        f"the backward pass of task {name!r} failed with {type(error).__name__}: {error}, after that of "
+        "another task went "
+        "well; balancing makes one backward pass a task over one graph, so hooks on saved tensors "
+        "(activation offloading) "
         "must give a tensor back as often as they are asked, not once"
     )

@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ._members import Layout
 from ._meeting import Alone, Ranks
+from ._members import Layout
 from ._numbers import accumulation_dtype
 from ._replicas import Replicas
 from ._shards import Shards, is_dtensor

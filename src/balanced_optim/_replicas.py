@@ -12,15 +12,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ._meeting import Ranks
-from ._numbers import accumulation_dtype, as_scalar, on_device, real
-from ._passes import Gradients, Pass, Passes
+from ._numbers import accumulation_dtype, on_device, real
+from ._passes import Gradients, Heard, Pass, Passes
 from ._store import finite
 
 
@@ -144,7 +143,7 @@ class Replicas(Ranks):
         else:
             bundle.extra[1] = not fine
 
-    def close(self, norms: Tensor, rest: dict[Tensor, Tensor], reached: set[Tensor]) -> tuple[Any, Any, Any]:  # noqa: ARG002
+    def close(self, norms: Tensor, rest: dict[Tensor, Tensor], reached: set[Tensor]) -> Heard:  # noqa: ARG002
         """One message: this rank's failure, what it has reached, rank 0's norms, the gradients of all heads."""
         everything = [*self._shared, *self._heads]
         bundle = self._last.get(len(norms)) or self._renew(len(norms))

@@ -26,8 +26,8 @@ NORM_TARGETS = ("max", "rms", "mean", "median", "min")
 class Balance:
     """What one balanced step saw and did. Detached tensors on the device of the parameters, each of shape (T,).
 
-    Nothing here was copied to the host; reading a value of a GPU tensor is what waits for it. After a step captured in a
-    CUDA graph these are the graph's own tensors: every replay writes them anew.
+    Nothing here was copied to the host; reading a value of a GPU tensor is what waits for it. After a step captured in
+    a CUDA graph these are the graph's own tensors: every replay writes them anew.
 
     Attributes:
         tasks: the names of the tasks; positions as text ("0", "1", ...) where losses came without names.
@@ -112,7 +112,7 @@ class Rule:
         return inverse if logged is True else inverse.masked_fill(~logged, 1.0)
 
     def usable(self, losses: Tensor, logged: Tensor | bool) -> Tensor:
-        """For every task whether its loss is finite, and above -eps where the log is taken; False where absent (NaN)."""
+        """For every task whether its loss is finite, and above -eps under the log; False where absent (NaN)."""
         # Comparisons with NaN are false.
         if isinstance(logged, bool):
             return (losses > (-self.eps if logged else -math.inf)) & (losses < math.inf)
@@ -203,6 +203,7 @@ def target_norm(norms: Tensor, counts: Tensor, norm_target: str | float) -> Tens
         largest = counted.amax()
         shares = torch.where(largest > 0, counted / largest, 0.0)
         return largest * (shares.square().sum() / number).sqrt()
+    # "median" or "min".
     ascending = norms.masked_fill(~counts, torch.inf).sort().values
     # Indices stay tensors: a Python index would wait for the device.
     last = number - 1

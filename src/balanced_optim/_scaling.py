@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +43,14 @@ def unscaled(passes: Passes, scale: Scalar) -> Passes:
         yield Pass(one.task, shared, {p: divide(gradient) for p, gradient in one.rest.items()}, one.ok)
 
 
+def scaled(gradients: Mapping[Tensor, Tensor], scale: Scalar) -> dict[Tensor, Tensor]:
+    """The gradients times the scale; one that overflows is for the scaler to see."""
+    return {
+        parameter: gradient * (scale.to(gradient.device) if isinstance(scale, Tensor) else scale)
+        for parameter, gradient in gradients.items()
+    }
+
+
 class Held:
     """Stage: hold all passes until it is known that none has overflowed, so that no average takes in a part of a batch.
 
@@ -69,8 +77,8 @@ class Held:
 def check_unscaled(batch: TaskLosses, scaler: Any, logs: Sequence[bool]) -> None:
     """Raise if the losses were multiplied by a scaler's scale, which the log would cancel without a word.
 
-    ``scaler.scale(losses)`` leaves a product whose second factor is the scale. Without the scaler at hand any power of two
-    from 256 on is taken for one: as a weight it would do nothing under the log either. Reads that factor.
+    ``scaler.scale(losses)`` leaves a product whose second factor is the scale. Without the scaler at hand any power of
+    two from 256 on is taken for one: as a weight it would do nothing under the log either. Reads that factor.
     """
     for name, loss, log in zip(batch.names, batch.losses, logs, strict=True):
         factor = _factor(loss) if log else None
@@ -80,9 +88,11 @@ def check_unscaled(batch: TaskLosses, scaler: Any, logs: Sequence[bool]) -> None
         mantissa, exponent = math.frexp(value)
         if value == scaler.get_scale() if scaler is not None else mantissa == 0.5 and exponent > 8:
             raise ValueError(
-                f"loss of task {name!r} must be unscaled, got the product of a loss and {value:g}, as a GradScaler's scale "
+                f"loss of task {name!r} must be unscaled, got the product of a loss and {value:g}, as a "
+                "GradScaler's scale "
                 "makes it, which the log transform would cancel; pass the raw losses and the scaler: "
-                "optimizer.backward(losses, scaler=scaler), then scaler.step(optimizer) and scaler.update(); a weight of "
+                "optimizer.backward(losses, scaler=scaler), then scaler.step(optimizer) and scaler.update(); "
+                "a weight of "
                 "your own goes into task_weights"
             )
 

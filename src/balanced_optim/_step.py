@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ._losses import TaskLosses
 from ._members import Layout
-from ._numbers import Flag, Scalar, add_gradients, dense, grad_dtype, on_device
-from ._passes import Gradients, Pass, Passes, Take, given_once
+from ._numbers import Flag, add_gradients, dense, grad_dtype
+from ._passes import Gradients, Heard, Pass, Passes, Take, given_once
 from ._rule import Rule, Terms
 from ._state import Averages
 
@@ -77,13 +77,13 @@ class Step:
     averages: Sequence[Mapping[int, Tensor]] | None = None
 
 
-Close = Callable[..., tuple[Tensor, dict[Tensor, Tensor], set[Tensor]]]
+Close = Callable[[Tensor, dict[Tensor, Tensor], set[Tensor]], Heard]
 
 
 def task_passes(
     batch: Batch, take: Take, *, inputs: Sequence[Tensor] | None = None, keep_graph: bool = False
 ) -> Passes:
-    """The source of the exact form: one backward pass a task. A task that is elsewhere only brings zeros."""
+    """The source of the exact form: one backward pass a task. One that only other ranks have brings nothing here."""
     layout, losses = batch.layout, batch.losses
     number = len(layout.averaged)
     # All that a pass may fill is taken over, whatever is asked for.
@@ -160,10 +160,8 @@ def add_rest(total: dict[Tensor, Tensor], gradients: Mapping[Tensor, Tensor], ok
 # ------------------------------------------------- commit
 
 
-def gradients_of(
-    step: Step, layout: Layout, reached: set[Tensor], scale: Scalar | None, wrap: Callable[[Tensor, Tensor], Tensor]
-) -> dict[Tensor, Tensor]:
-    """What the batch adds to every `.grad`, complete before anything is counted.
+def gradients_of(step: Step, layout: Layout, reached: set[Tensor]) -> dict[Tensor, Tensor]:
+    """What the batch adds to every `.grad`.
 
     A shared parameter that some task once reached gets zeros where this batch has nothing for it; one that no task ever
     reached gets no `.grad`.
@@ -173,13 +171,16 @@ def gradients_of(
         if parameter.requires_grad and parameter in known:
             gradient = step.shared.get(parameter)
             new[parameter] = torch.zeros_like(parameter, requires_grad=False) if gradient is None else gradient
-    if scale is not None:
-        new = {parameter: gradient * scale for parameter, gradient in new.items()}
-    return {parameter: wrap(laid_out_like(parameter, gradient), parameter) for parameter, gradient in new.items()}
+    return new
+
+
+def shaped(gradients: Mapping[Tensor, Tensor], wrap: Callable[[Tensor, Tensor], Tensor]) -> dict[Tensor, Tensor]:
+    """The same in the form that each `.grad` needs, complete before anything is counted."""
+    return {parameter: wrap(laid_out_like(parameter, gradient), parameter) for parameter, gradient in gradients.items()}
 
 
 def put(gradients: Mapping[Tensor, Tensor]) -> None:
-    """Add to every `.grad` as `.backward()` does: in place unless one of the two is sparse."""
+    """Add to every `.grad` as `.backward()` does: in place unless what is there is sparse."""
     for parameter, new in gradients.items():
         old = parameter.grad
         if old is None:
@@ -206,24 +207,18 @@ def apart(gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
 def laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     """The gradient in the dtype that `.grad` needs and the strides a backward pass would give it."""
     dtype = grad_dtype(parameter)
-    if gradient.dtype == dtype and gradient.stride() == parameter.stride():
+    gradient = gradient if gradient.dtype == dtype else gradient.to(dtype)
+    if gradient.layout is not torch.strided or gradient.stride() == parameter.stride():
         return gradient
-    gradient = gradient.to(dtype)
-    if gradient.layout is not torch.strided or gradient.shape != parameter.shape:
+    if gradient.shape != parameter.shape:
         return gradient
     like = torch.empty_like(parameter, dtype=gradient.dtype, requires_grad=False)
     return gradient if gradient.stride() == like.stride() else like.copy_(gradient)
 
 
-def count(step: Step, known: Averages, joint: bool) -> None:
-    """Move counts, the batches' own counter, ages and norms; tensors in place, so that a captured graph goes on."""
+def count(step: Step, known: Averages) -> None:
+    """Move the counts of tasks and batches; in place, so that a captured graph goes on."""
     counted = step.norms.isfinite()
     known.batches.add_(counted.any())
     if step.measured:
         known.counts.add_(counted)
-    if joint:
-        known.norms.copy_(torch.where(counted, step.norms, known.norms))
-        # A device is not asked which tasks it took.
-        took = [True] * len(known.tasks) if on_device(counted.device) else counted.tolist()
-        fresh = {task for task in step.measured if took[task]}
-        known.ages[:] = [1 if task in fresh else age and age + 1 for task, age in enumerate(known.ages)]

@@ -1,8 +1,8 @@
-"""Where task gradients go: rows of averages, or a running sum. In torch, for a CPU and wherever Triton is missing.
+"""Where task gradients go: rows of averages, in torch, for a CPU and wherever Triton is missing.
 
-A store takes each pass (`add`), gives the norms, and the weighted sum (`combine`). `_cuda_store` does the same in fused
-kernels. On a CPU numbers are Python's; elsewhere they are tensors, and nothing here waits for a device but `averages`,
-`load_averages` and what is asked for by a person.
+A store takes each pass (`add`), gives the norms, and the weighted sum (`combine`). `_running_sum` does the same without
+averages, `_cuda_store` in fused kernels. On a CPU numbers are Python's; elsewhere they are tensors that nobody waits
+for.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from ._numbers import (
     Flag,
     Scalar,
     accumulation_dtype,
-    dense,
     on_device,
     real,
     square_of,
@@ -32,8 +31,8 @@ from ._numbers import (
 from ._passes import Gradients, Pass
 from ._rule import Terms
 
-# A weighted sum is built in pieces of this many elements, which stay in a CPU's cache.
-_SUM_PIECE = 1 << 18
+# A Gram matrix is built in pieces of this many elements, which stay in a CPU's cache.
+_GRAM_PIECE = 1 << 18
 # Parameters start at multiples of this many elements, so that vectorised kernels find them aligned.
 _ALIGNMENT = 16
 # On a CPU a parameter of at least this many elements has a row of its own, averaged straight from its gradient.
@@ -46,33 +45,33 @@ def finite(one: Pass, device: torch.device) -> Flag:
     return (total_of(squares_of([*gradients, *one.rest.values()]), device) < math.inf) & one.ok
 
 
-class _Judge:
+class Judge:
     """What rows and running sum have in common: whether a task counts, and the squares of its norm."""
 
     device: torch.device
     norm_dtype: torch.dtype
-    _terms: Terms
+    terms: Terms
 
     def __init__(self, device: torch.device, ranks: Alone) -> None:
-        self.device, self._ranks = device, ranks
+        self.device, self.ranks = device, ranks
         self._squares: list[Scalar] = []
         self._healthy: Flag = True
 
     def start(self, terms: Terms) -> None:
         """Begin a batch."""
-        self._terms, self._healthy = terms, True
+        self.terms, self._healthy = terms, True
         self._squares = [math.nan] * len(terms.usable)
 
-    def _judge(self, one: Pass, squares: Sequence[Scalar]) -> Flag:
+    def judge(self, one: Pass, squares: Sequence[Scalar]) -> Flag:
         """Whether the task counts, `squares` being those of its shared gradients as they are stored."""
         square = total_of([*squares, *squares_of(one.rest.values())], self.device)
-        ok = (square < math.inf) & self._terms.usable[one.task] & one.ok & self._healthy
-        ok = self._ranks.agree(ok)
-        if self._terms.refuses:
+        ok = (square < math.inf) & self.terms.usable[one.task] & one.ok & self._healthy
+        ok = self.ranks.agree(ok)
+        if self.terms.refuses:
             self._healthy = ok
         return ok
 
-    def _note(self, task: int, square: Scalar, ok: Flag) -> None:
+    def note(self, task: int, square: Scalar, ok: Flag) -> None:
         if isinstance(ok, Tensor):
             square = torch.where(ok, torch.as_tensor(square), math.nan)
         self._squares[task] = square if ok is not False else math.nan
@@ -80,7 +79,7 @@ class _Judge:
     def norms(self) -> Tensor:
         """||ema_t|| of every task, shape (T,); NaN where it was absent or refused."""
         squares = stack_scalars(self._squares, widest(self.device), self.device)
-        return self._ranks.total(squares).sqrt().to(self.norm_dtype)
+        return self.ranks.total(squares).sqrt().to(self.norm_dtype)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,16 +105,17 @@ class _Place:
 class _Segment:
     """Parameters of one device and dtype side by side in T flat rows."""
 
-    def __init__(self, members: list[int], places: list[_Place], block: Tensor, share: float) -> None:
+    def __init__(self, members: list[int], places: list[_Place], block: Tensor, share: float, straight: bool) -> None:
         self.members, self.places, self.block, self.share = members, places, block, share
+        # One parameter, averaged straight from its gradient, which is only read.
+        self.straight = straight
         self.rows = list(block.unbind())
         self._views = [places[0].view(row) for row in self.rows]
-        self._alone = len(places) == 1 and not on_device(block.device)
         self._scratch: Tensor | None = None
         self._targets: list[Tensor] = []
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"members": self.members, "places": self.places, "block": self.block, "share": self.share}
+        return {name: getattr(self, name) for name in ("members", "places", "block", "share", "straight")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -133,7 +133,7 @@ class _Segment:
 
     def _gathered(self, gradients: Sequence[Tensor | None]) -> Tensor:
         wide = accumulation_dtype(self.block.dtype)
-        if self._alone and gradients[0] is not None:
+        if self.straight and gradients[0] is not None:
             return real(gradients[0]).to(wide)
         if self._scratch is None:
             self._scratch = torch.zeros_like(self.rows[0], dtype=wide)
@@ -148,7 +148,7 @@ class _Segment:
     def average(self, task: int, gradient: Tensor | None, keep: Scalar, gain: Scalar, ok: Flag) -> Scalar:
         """row <- keep * row + gain * gradient in place where `ok`; the new row's square."""
         row = self.rows[task]
-        into = self._views[task] if self._alone else row
+        into = self._views[task] if self.straight else row
         if isinstance(ok, Tensor):
             _average_where(row, gradient, torch.as_tensor(keep), torch.as_tensor(gain), ok)
         elif gradient is None:
@@ -170,15 +170,15 @@ class _Segment:
             elif value.data_ptr() != view.data_ptr():
                 view.copy_(value)
 
-    def weighted_sum(self, weights: Tensor, numbers: Sequence[float]) -> Tensor:
-        """``sum_t w_t * row_t`` in fresh memory of float32 or wider; `numbers` are the weights where the host knows them."""
-        first, dtype = self.rows[0], accumulation_dtype(self.block.dtype)
-        if not on_device(first.device):
-            return _sum_rows(self.rows, numbers, torch.empty_like(first, dtype=dtype))
-        weights = weights.to(first.device, dtype)
+    def weighted_sum(self, weights: Tensor) -> Tensor:
+        """``sum_t w_t * row_t`` in fresh memory of float32 or wider."""
+        dtype = accumulation_dtype(self.block.dtype)
+        weights = weights.to(self.block.device, dtype)
         if self.block.dtype == dtype:
-            return torch.mv(self.block.t(), weights)
-        out = torch.zeros_like(first, dtype=dtype)
+            # The caller may be under autocast, which would multiply in half precision.
+            with torch.autocast(weights.device.type, enabled=False):
+                return torch.mv(self.block.t(), weights)
+        out = torch.zeros_like(self.rows[0], dtype=dtype)
         for row, weight in zip(self.rows, weights.unbind(), strict=True):
             out.addcmul_(row.to(dtype), weight)
         return out
@@ -190,7 +190,8 @@ def _average_where(row: Tensor, gradient: Tensor | None, keep: Tensor, gain: Ten
     if gradient is None:
         row.mul_(torch.where(ok, keep.to(row.device), 1.0).to(row.dtype))
         return
-    # A weight of 0 leaves the row as it is, bit for bit, once the NaN that refused it is gone.
+    # A weight of 0 leaves the row as it is, bit for bit, once the NaN that refused it is gone. `keep` is 1 - `gain`, or
+    # 0 for a row that is still zeros.
     gradient.masked_fill_(~ok, 0.0)
     weight = torch.where(ok, gain.to(row.device), 0.0).to(wide)
     if row.dtype == wide:
@@ -199,15 +200,16 @@ def _average_where(row: Tensor, gradient: Tensor | None, keep: Tensor, gain: Ten
         row.copy_(row.to(wide).lerp_(gradient, weight))
 
 
-class FlatGradientBuffer(_Judge):
+class FlatGradientBuffer(Judge):
     """T rows over all shared parameters: row t is the running average of task t's gradient.
 
     ``ema_t <- beta_k * ema_t + (1 - beta_k) * g_t`` in place, once g_t is known to be finite as the row would store it:
     then the average is too, since ``||ema_t|| <= max(||old||, ||g_t||)``. So no average ever takes a value that is not
     finite. The buffer is the average: there is no second T x n array.
 
-    Small parameters, and all on an accelerator, lie side by side in one contiguous row a task for each (device, dtype). On a
-    CPU a parameter of 131,072 elements or more has rows to itself and is averaged straight from its gradient.
+    Small parameters, and all on an accelerator, lie side by side in one contiguous row a task for each (device,
+    dtype). On a CPU a parameter of 131,072 elements or more has rows to itself and is averaged straight from its
+    gradient.
 
     Memory: T * n elements of `dtype`, n = the number of shared scalars, and n more for what lies side by side;
     `combine` returns n fresh ones.
@@ -233,36 +235,36 @@ class FlatGradientBuffer(_Judge):
     ) -> None:
         super().__init__(device or parameters[0].device, ranks or Alone())
         self.tasks, self._number = tasks, len(parameters)
-        shares = self._ranks.shares or [1.0] * len(parameters)
+        shares = self.ranks.shares or [1.0] * len(parameters)
         together: dict[tuple[torch.device, torch.dtype, float, int], list[int]] = {}
         for index, parameter in enumerate(parameters):
-            alone = not on_device(parameter.device) and parameter.numel() >= _ALONE
+            alone = not on_device(self.device) and parameter.device.type == "cpu" and parameter.numel() >= _ALONE
             kind = parameter.device, dtype or accumulation_dtype(parameter.dtype), shares[index], index if alone else -1
             together.setdefault(kind, []).append(index)
         self._segments: list[_Segment] = []
-        for (where, row, share, _), members in together.items():
+        for (where, row, share, own), members in together.items():
             places, end = [], 0
             for index in members:
                 places.append(_place(parameters[index], end))
                 end += math.ceil(places[-1].size / _ALIGNMENT) * _ALIGNMENT
             # Rows of no length would lie at odd places, where there can be no complex numbers.
             block = torch.zeros(tasks, max(end, _ALIGNMENT), device=where, dtype=row)
-            self._segments.append(_Segment(members, places, block, share))
+            self._segments.append(_Segment(members, places, block, share, own >= 0))
         wide = any(segment.block.dtype == torch.float64 for segment in self._segments)
         self.norm_dtype = torch.float64 if wide else torch.float32
 
     def add(self, one: Pass) -> Flag:
         """Take one task's gradients into its average if all is well; return whether it was."""
-        task, terms = one.task, self._terms
+        task, terms = one.task, self.terms
         read = [segment.read([one.shared[member] for member in segment.members]) for segment in self._segments]
-        ok = self._judge(one, [square for _, square in read])
+        ok = self.judge(one, [square for _, square in read])
         if ok is False:
             return ok
         squares = [
-            _share(segment.average(task, gradient, terms.keep[task], terms.gain[task], ok), segment.share)
+            weighed(segment.average(task, gradient, terms.keep[task], terms.gain[task], ok), segment.share)
             for segment, (gradient, _) in zip(self._segments, read, strict=True)
         ]
-        self._note(task, total_of(squares, self.device), ok)
+        self.note(task, total_of(squares, self.device), ok)
         return ok
 
     def combine(self, weights: Tensor) -> Gradients:
@@ -271,9 +273,8 @@ class FlatGradientBuffer(_Judge):
         The memory is fresh, and the caller's.
         """
         result: Gradients = [None] * self._number
-        numbers = [] if on_device(self.device) else weights.tolist()
         for segment in self._segments:
-            total = segment.weighted_sum(weights, numbers)
+            total = segment.weighted_sum(weights)
             for member, place in zip(segment.members, segment.places, strict=True):
                 result[member] = place.shaped(total)
         return result
@@ -286,10 +287,10 @@ class FlatGradientBuffer(_Judge):
     def load_norms(self) -> Tensor:
         """||ema_t|| of every row as it is, shape (T,)."""
         squares = [
-            total_of([_share(square_of(segment.rows[task]), segment.share) for segment in self._segments], self.device)
+            total_of([weighed(square_of(segment.rows[task]), segment.share) for segment in self._segments], self.device)
             for task in range(self.tasks)
         ]
-        return self._ranks.total(stack_scalars(squares, widest(self.device), self.device)).sqrt().to(self.norm_dtype)
+        return self.ranks.total(stack_scalars(squares, widest(self.device), self.device)).sqrt().to(self.norm_dtype)
 
     def averages(self) -> list[list[Tensor]]:
         """For each parameter its T averages, shaped like it: views of the rows, valid until the next step."""
@@ -310,15 +311,14 @@ class FlatGradientBuffer(_Judge):
         dtype = widest(self.device) if self.norm_dtype == torch.float64 or self.device.type == "cpu" else torch.float32
         total = torch.zeros(self.tasks, self.tasks, device=self.device, dtype=dtype)
         for segment in self._segments:
-            for columns in torch.split(segment.block, _SUM_PIECE, 1):
+            for columns in torch.split(segment.block, _GRAM_PIECE, 1):
                 wide = columns.to(accumulation_dtype(columns.dtype))
-                # The caller may be under autocast, which would multiply in half precision.
                 with torch.autocast(wide.device.type, enabled=False):
                     total += segment.share * (wide @ wide.t()).to(total.device, dtype)
-        return self._ranks.total(total)
+        return self.ranks.total(total)
 
 
-def _share(square: Scalar, share: float) -> Scalar:
+def weighed(square: Scalar, share: float) -> Scalar:
     return square if share == 1 else square * share
 
 
@@ -327,145 +327,3 @@ def _place(parameter: Tensor, start: int) -> _Place:
     if like.is_complex():
         like = torch.view_as_real(like)
     return _Place(start, like.numel(), tuple(like.shape), tuple(like.stride()), parameter.dtype)
-
-
-def _sum_rows(rows: Sequence[Tensor], weights: Sequence[float], out: Tensor) -> Tensor:
-    """out <- sum_t weights[t] * rows[t], piece by piece and in the order of the tasks; returns `out`."""
-    terms = [(row, weight) for row, weight in zip(rows, weights, strict=True) if weight != 0]
-    if not terms:
-        return out.zero_()
-    pieces = [torch.split(row, _SUM_PIECE) for row, _ in terms]
-    for into, *parts in zip(torch.split(out, _SUM_PIECE), *pieces, strict=True):
-        torch.mul(parts[0], terms[0][1], out=into) if parts[0].dtype == into.dtype else into.copy_(parts[0]).mul_(
-            terms[0][1]
-        )
-        for part, (_, weight) in zip(parts[1:], terms[1:], strict=True):
-            into.add_(part, alpha=weight)
-    return out
-
-
-class RunningSum(_Judge):
-    """``sum_t w_t * g_t`` without averages: each gradient is added up as it arrives, so no row is kept.
-
-    The weights ``w_t = factor_t * (alpha / ||g_t||)**p`` are known up to alpha when g_t arrives. Gradients are added in
-    units of the first counted task's norm, ``s_t = factor_t * (unit / ||g_t||)**p``, so that a single task passes through
-    bit for bit; the common factor comes at the end.
-
-    Memory: n scalars of float32 or wider beside the gradient that arrives.
-
-    Args:
-        parameters: the shared parameters; only devices and dtypes are read.
-        normalise: False adds ``factor_t * g_t`` (no rescale to a common norm).
-        ranks, device: see `FlatGradientBuffer`.
-    """
-
-    keeps_rows: ClassVar[Literal[False]] = False
-
-    def __init__(
-        self,
-        parameters: Sequence[Tensor],
-        ranks: Alone | None = None,
-        normalise: bool = True,
-        device: torch.device | None = None,
-    ) -> None:
-        super().__init__(device or parameters[0].device, ranks or Alone())
-        wide = any(accumulation_dtype(parameter.dtype) == torch.float64 for parameter in parameters)
-        self.norm_dtype = torch.float64 if wide else torch.float32
-        self._normalise = normalise
-        self._forget()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_total": [], "_scales": {}, "_unit": 0.0}
-
-    def start(self, terms: Terms) -> None:
-        """Begin a batch; what an abandoned one has added up is forgotten."""
-        super().start(terms)
-        self._forget()
-
-    def _forget(self) -> None:
-        self._total: Gradients = []
-        self._scales: dict[int, Scalar] = {}
-        self._unit: Scalar = 0.0
-
-    def add(self, one: Pass) -> Flag:
-        """Add one task's gradients if all is well; return whether it was."""
-        wide = [None if gradient is None else _wide(gradient) for gradient in one.shared]
-        squares = squares_of([gradient for gradient in wide if gradient is not None])
-        ok = self._judge(one, squares)
-        if ok is False:
-            return ok
-        counted = squares if self._ranks.shares is None else self._counted(wide)
-        square = self._ranks.total(stack_scalars([total_of(counted, self.device)], widest(self.device), self.device))
-        norm = square.sqrt().to(self.norm_dtype)[0] if on_device(self.device) else math.sqrt(square.item())
-        self._note(one.task, total_of(counted, self.device), ok)
-        scale = self._scales[one.task] = self._scale(one.task, norm, ok)
-        self._total = self._total or [None] * len(wide)
-        self._take_in(wide, scale, ok)
-        return ok
-
-    def _counted(self, gradients: Sequence[Tensor | None]) -> list[Scalar]:
-        """The squares as far as this rank counts them."""
-        shares = self._ranks.shares or ()
-        return [
-            _share(total_of(squares_of([g]), self.device), share)
-            for g, share in zip(gradients, shares, strict=True)
-            if g is not None
-        ]
-
-    def _scale(self, task: int, norm: Scalar, ok: Flag) -> Scalar:
-        """s_t; 0 if the task does not count."""
-        factor, power = self._terms.factors[task], self._terms.power
-        if isinstance(norm, Tensor):
-            counts = (norm > 0) & ok
-            known = self._unit if isinstance(self._unit, Tensor) else torch.zeros_like(norm)
-            self._unit = torch.where(known > 0, known, norm.masked_fill(~counts, 0.0))
-            relative = (self._unit / norm).pow(power) if self._normalise else torch.ones_like(norm)
-            return (relative * factor).masked_fill(~counts, 0.0)
-        if norm == 0:
-            return 0.0
-        self._unit = self._unit or norm
-        return float(factor * (self._unit / norm) ** power) if self._normalise else float(factor)
-
-    def _take_in(self, gradients: Gradients, scale: Scalar, ok: Flag) -> None:
-        """total <- total + scale * gradients, where `ok`."""
-        new = [index for index, gradient in enumerate(gradients) if gradient is not None and self._total[index] is None]
-        old = [
-            index for index, gradient in enumerate(gradients) if gradient is not None and self._total[index] is not None
-        ]
-        given = [gradients[index] for index in new], [gradients[index] for index in old]
-        if isinstance(scale, Tensor):
-            clean = [[torch.where(ok, g, 0.0) * scale.to(g.device, g.dtype.to_real()) for g in each] for each in given]  # type: ignore[union-attr, arg-type]
-            fresh = clean[0]
-            if old:
-                torch._foreach_add_([self._total[index] for index in old], clean[1])
-        else:
-            fresh = list(torch._foreach_mul(given[0], scale)) if new else []
-            if old:
-                torch._foreach_add_([self._total[index] for index in old], given[1], alpha=scale)
-        for index, total in zip(new, fresh, strict=True):
-            self._total[index] = total
-
-    def combine(self, weights: Tensor) -> Gradients:
-        """The sum for each parameter, None where no task reached it; starts a new sum."""
-        tasks, totals = list(self._scales), self._total
-        if tasks:
-            scales = stack_scalars(list(self._scales.values()), weights.dtype, weights.device)
-            each = weights.unbind()
-            ratios = torch.stack([each[task] for task in tasks]) / scales
-            # Every ratio is the common factor; that of the largest scale the most exact. 0 if no task counts.
-            best = scales.argmax(keepdim=True)
-            factor = ratios.masked_fill(scales <= 0, 0.0).gather(0, best).squeeze(0)
-            present = [total for total in totals if total is not None]
-            if on_device(self.device):
-                for total in present:
-                    total.mul_(factor.to(total.device, total.dtype.to_real()))
-            elif present:
-                torch._foreach_mul_(present, factor.item())
-        self._forget()
-        return totals
-
-
-def _wide(gradient: Tensor) -> Tensor:
-    """A dense gradient in the dtype that sums are taken in; the same tensor where it is one already."""
-    gradient = dense(gradient)
-    return gradient.to(torch.promote_types(gradient.dtype, torch.float32))

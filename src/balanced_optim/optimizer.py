@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from . import _batch, _checkpoint
+from . import _checkpoint
+from ._accumulate import accumulate
 from ._aggregator import check_aggregator
+from ._backward import backward
 from ._batch import Parts, Settings
 from ._checks import (
     check_base_optimizer,
@@ -22,8 +24,8 @@ from ._checks import (
     read_task_weights,
     refuse_removed,
 )
-from ._losses import Losses, Samples
-from ._members import Members, measured_of, parameters_of, shared_of
+from ._losses import Losses, Samples, run_closure
+from ._members import Members, measured_of, shared_of
 from ._processes import Processes, check_process_group
 from ._rule import Balance, Rule
 from ._state import Pending, State
@@ -56,13 +58,9 @@ class DualBalancedOptimizer(Optimizer):
     class is a `torch.optim.Optimizer` too and shares `param_groups`, `state` and `defaults` with it, and what else
     training loops call on the base, such as `train()` and `eval()` of schedule-free ones.
 
-    Cost a step: T backward passes, and memory for T * n scalars (n shared scalars) and n for the combined gradient;
-    n in all at beta = 0 without `max_weight`. One wait for a GPU a step, none with ``nonfinite="ignore"``; a scaler,
-    an aggregator and a process group wait once or twice more.
-
-    With `norm_params` (the one-backward form) norms and averages are taken on a subset of the shared parameters
-    and ONE joint backward of ``sum_t w_t * log(loss_t + eps)`` gives every shared gradient: its own, not
-    averaged. Cost: one backward pass and T short ones that stop at the subset, memory for T scalars of the subset.
+    Cost a step: T backward passes; memory for T * n scalars (n shared ones) and n for the combined gradient, n in all
+    at beta = 0 without `max_weight`; one wait for a GPU, none with ``nonfinite="ignore"`` (a scaler, an aggregator and
+    a process group wait once or twice more).
 
     Differences from the paper: the average's default schedule decays (its Fig. 5 prefers that to the constant
     0.9 of the authors' code); a zero gradient gets weight 0 instead of alpha / eps; a task absent from a batch
@@ -79,24 +77,22 @@ class DualBalancedOptimizer(Optimizer):
             task: a sequence of T bools, or a mapping by task name, where a missing one is True.
         norm_target: alpha over the tasks that count: "max", "rms" (root mean square), "mean", "median", "min", or a
             number > 0 that sets the length itself; None rescales nothing.
-        norm_power: p in [0, 1] of ``w_t = (alpha / ||ema_t||)**p``: from the log alone (0) to full balance (1). Not in
-            the paper, as the two below.
+        norm_power: p in [0, 1] of ``w_t = (alpha / ||ema_t||)**p``, from the log alone (0) to full balance (1).
         warmup_steps: over so many batches p grows from 0 to `norm_power`.
         max_weight: cap on a task's weight before `task_weights`. 1 keeps the log only, None has no cap.
-        fade_solved: True multiplies w_t by ``loss_t / (loss_t + eps)``, before the cap. Under the log eps makes the
-            gradient of a task vanish whose loss has gone far below it, and the rescale blows what is left, noise, up to
-            full size; so it fades instead. Tasks whose losses stay far above eps notice nothing.
+        fade_solved: True multiplies w_t by ``loss_t / (loss_t + eps)``, before the cap: a task whose loss has gone far
+            below eps fades, instead of having what is left of its gradient, noise, blown up to full size.
         task_weights: priorities >= 0, multiplied in after the rescale; a sequence of T, or a mapping by task
             name, which fixes the names. See the property of that name.
-        norm_params: a subset of the shared parameters on which norms are measured, as in GradNorm: best the last
-            shared layer, on which every task depends. An iterable or a Module. While a task's norm there is 0 (behind a
-            zero-initialised layer) the log alone acts on it.
-        refresh_every: measure norms anew when a task of the batch has one that is m steps old, and reuse them in
-            between; needs `norm_params` (all shared parameters may be given).
+        norm_params: the one-backward form: norms and averages on this subset of the shared parameters only, best the
+            last shared layer, on which every task depends; then ONE joint backward of ``sum_t w_t * log(loss_t + eps)``
+            gives every shared gradient, not averaged. Cost: one pass and T short ones that stop at the subset. While a
+            task's norm is 0 there (behind a zero-initialised layer) the log alone acts on it.
+        refresh_every: with `norm_params`: measure norms anew when a task of the batch has one that is m steps old.
         aggregator: takes the place of `norm_target`: a callable from the matrix of the averaged gradients of the tasks
             that count, shape (T, n), to the combined gradient, shape (n,), such as TorchJD's aggregators; with beta=0
-            from the gradients themselves. Columns are the shared parameters in the order given, each flattened.
-            `task_weights` multiply the rows. What it remembers you save yourself, as you do with a scaler. Memory:
+            from the gradients themselves. Columns are the shared parameters that train, in the order given, each
+            flattened. `task_weights` multiply the rows. What it remembers you save yourself, as with a scaler. Memory:
             3 T * n scalars. Not with `norm_params`, `max_weight`, `fade_solved` or FSDP2.
         ema_dtype: dtype of the averages; None takes float32, or float64 for float64 parameters.
             torch.bfloat16 halves their memory; sums and norms are still taken in float32.
@@ -107,8 +103,8 @@ class DualBalancedOptimizer(Optimizer):
             asks nothing of the device, so that a step can be captured in a CUDA graph: the heads of a task left out
             get zeros instead of no gradient.
         process_group: the ranks that a batch is split over, e.g. ``torch.distributed.group.WORLD``. Every rank passes
-            the losses of its own part of the batch; the step is that of one process on the whole batch: the gradient of
-            the log of the MEAN loss, with means weighted by `samples`. Parameters are replicated (plain, or in a
+            the losses of its part; the step is that of one process on the whole batch: the gradient of the log of the
+            MEAN loss, with means weighted by `samples`. Parameters are replicated (plain, or in a
             DistributedDataParallel, called as usual), or sharded by FSDP2's `fully_shard`. All ranks make the same
             calls; a bad loss or an error on one is an error on all that names the rank. Sends 2 T * n scalars a step
             (times (R - 1) / R); with `norm_params` 2 n, and 2 T times the subset where norms are measured.
@@ -204,7 +200,7 @@ class DualBalancedOptimizer(Optimizer):
         if closure is None and callable(losses) and not isinstance(losses, (Tensor, Mapping, Sequence, nn.Module)):
             closure, losses = losses, None
         if closure is not None:
-            losses = self._run_closure(closure, losses)  # type: ignore[arg-type]
+            losses = run_closure(closure, losses, self._parts.pending, self.base_optim)  # type: ignore[arg-type]
         pending, tasks = self._parts.pending, self._parts.state.tasks or self._parts.pending.tasks
         if losses is not None:
             self.backward(losses, samples=samples)  # type: ignore[arg-type]
@@ -221,29 +217,6 @@ class DualBalancedOptimizer(Optimizer):
                     raise
                 raise TypeError(text) from error
         return losses if closure is not None else None
-
-    def _run_closure(self, closure: Callable[[], Any], losses: Losses | None) -> Losses | None:
-        """What the closure returned, or `losses` where a trainer passes a closure that only wraps them."""
-        if not callable(closure):
-            raise TypeError(
-                f"closure must be a function that returns the task losses, got {type(closure).__name__}; "
-                "pass losses themselves as step(losses); through a trainer's wrapper, such as Lightning Fabric's, as "
-                "step(losses=...), or call backward(losses) and then step()"
-            )
-        with torch.enable_grad():
-            returned: Losses | None = closure()
-        if returned is None:
-            pending = self._parts.pending
-            filled = any(parameter.grad is not None for parameter in parameters_of(self.base_optim))
-            if losses is None and not (filled or pending.skip_next_step or pending.micro_batches is not None):
-                raise TypeError(
-                    "closure must return the task losses, got None and no .grad is set; end it with `return losses`, "
-                    "without .backward()"
-                )
-            return losses
-        if losses is not None:
-            raise TypeError("step() takes losses or a closure, got both; leave one out")
-        return returned
 
     @torch.no_grad()
     def backward(self, losses: Losses, scaler: Any = None, *, samples: Samples = 1) -> None:
@@ -275,7 +248,7 @@ class DualBalancedOptimizer(Optimizer):
                 numbers, reach no shared parameter, or carry a scaler's scale.
             RuntimeError: a gradient is not finite although its loss is; or the graph was used before.
         """
-        _batch.backward(self._parts, self.base_optim, losses, scaler, samples)
+        backward(self._parts, self.base_optim, losses, scaler, samples)
 
     @torch.no_grad()
     def accumulate(self, losses: Losses, scaler: Any = None, *, samples: Samples = 1) -> None:
@@ -285,8 +258,7 @@ class DualBalancedOptimizer(Optimizer):
         batch: ``grad log(sum_m s_m loss_m / sum_m s_m)`` over the micro-batches m that have the task. `.grad`,
         averages and counts do not change. `zero_grad()` drops micro-batches that no step has completed.
 
-        Cost: T backward passes through everything, with `norm_params` too, since weights are known only at the
-        end; memory for T gradients over all parameters until the batch is complete.
+        Cost: T full backward passes, with `norm_params` too; memory for T gradients over all parameters until then.
 
         Args:
             losses: see `backward`.
@@ -301,7 +273,7 @@ class DualBalancedOptimizer(Optimizer):
             TypeError, ValueError: see `backward`; the micro-batches before this one stay. A failure in the middle of
                 the passes drops them: half a micro-batch must not end up in the next batch.
         """
-        _batch.accumulate(self._parts, self.base_optim, losses, scaler, samples)
+        accumulate(self._parts, self.base_optim, losses, scaler, samples)
 
     @property
     def last_balance(self) -> Balance | None:

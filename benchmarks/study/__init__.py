@@ -1,0 +1,1 @@
+"""The study: methods, one protocol, runs, and the tables and pictures that they give."""
