@@ -20,7 +20,6 @@ NUMBERS = [
     "length",
     "count",
     "refuses",
-    "normalise",
     "fresh",
 ]
 POINTERS = {

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 # What makes the host wait for a device: as the operation behind it, and as Python calls it.
@@ -110,6 +110,39 @@ def no_double():
                 raise AssertionError(f"{operation.name} has a tensor of {tensor.dtype}")
 
     with _Operations(note):
+        yield
+
+
+class _Makers(TorchFunctionMode):
+    """What makes tensors of the host's numbers."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        made = function in (torch.tensor, torch.from_numpy)
+        if made or (function is torch.as_tensor and not isinstance(args[0], torch.Tensor)):
+            raise ReadError(f"{function.__name__} of the host's numbers, which a CUDA graph cannot hold")
+        return function(*args, **(kwargs or {}))
+
+
+@contextmanager
+def nothing_comes_from_the_host():
+    """A tensor that is made of numbers of the host, but for filling one with a single number, is an error."""
+    with _Makers():
+        yield
+
+
+@contextmanager
+def kernels_are_not_watched(monkeypatch):
+    """Triton's interpreter itself reads tensors, which no GPU does."""
+    from triton.runtime.interpreter import GridExecutor
+
+    call = GridExecutor.__call__
+
+    def unwatched(*args, **kwargs):
+        with torch._C.DisableTorchFunction(), _disable_current_modes():
+            call(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GridExecutor, "__call__", unwatched)
         yield
 
 

@@ -149,6 +149,7 @@ class Oracle:
         aggregator: a function from a matrix, tasks by scalars, to a vector; both of numpy.
         nonfinite: "raise", "skip" or "ignore".
         outside: parameters that the losses reach and `base` does not hold.
+        zeros: a task that is left out gets zeros instead of nothing, as on a device that is not asked.
         device: where the vectors are, whatever device the parameters are on.
     """
 
@@ -164,6 +165,7 @@ class Oracle:
         aggregator=None,
         nonfinite="raise",
         outside=(),
+        zeros=False,
         device="cpu",
     ):
         self.base, self.form, self.device = base, form, device
@@ -171,7 +173,7 @@ class Oracle:
         self.shared = [parameter for parameter in shared if parameter.requires_grad]
         self.measured = list(norm_params) if form == "one backward" else self.shared
         self.refresh_every, self.aggregator, self.nonfinite = refresh_every, aggregator, nonfinite
-        self.outside = list(outside)
+        self.outside, self.zeros = list(outside), zeros
         self.reset_averages()
         self.losses = self.norms = self.weights = None
         self.skipped, self.matrix, self.moved = False, None, {}
@@ -221,12 +223,15 @@ class Oracle:
         fresh = all(task in self.count and self.age[task] < self.refresh_every for task in usable)
         measures = self.form != "one backward" or not fresh
 
-        own, proposed, taken = Vectors(), {}, []
+        own, proposed, taken, empty = Vectors(), {}, [], Vectors()
+        for task in bad if self.zeros else ():
+            empty += self.differentiate({task: 0.0}, objectives, scale).zeros()
         for task in usable:
             g = self.differentiate({task: 1.0}, objectives, scale).only([*subset, *heads] if measures else heads)
             if measures and not g.finite():
                 if strict:
                     return self.refuse(values, RuntimeError, f"'{task}' must be finite", scale, proposed)
+                empty += g.zeros() if self.zeros else Vectors()
                 continue
             if measures:
                 beta_k = self.rule.beta / (self.count.get(task, 0) + 1) ** self.rule.beta_decay
@@ -238,7 +243,8 @@ class Oracle:
         norms = {task: average.norm() for task, average in averages.items()}
         zero = float(self.form == "one backward")
         weights = weights_of(norms, self.rule, values, self.k + 1, zero=zero)
-        combined = self.combine(averages, weights, objectives, scale)
+        own += empty.only(heads)
+        combined = self.combine(averages, weights, objectives, scale) + empty.only([id(p) for p in self.shared])
         if strict and not Vectors(own | combined).finite():  # one pass serves all tasks
             return self.refuse(values, RuntimeError, "together must be finite", scale, proposed)
         if self.form == "aggregator":
@@ -331,7 +337,7 @@ class Oracle:
     def commit(self, values, norms, weights, proposed, own, combined, taken):
         by_id = {id(parameter): parameter for parameter in self.trained()}
         self.reached |= combined.keys()
-        reached = [key for key in self.reached if taken and key in by_id]
+        reached = [key for key in self.reached if (taken or combined) and key in by_id]
         combined = Vectors({key: to_vector(None, by_id[key], self.device) for key in reached}) + combined
         for found in (own, combined):
             # With "ignore" what is not finite goes nowhere.

@@ -11,6 +11,7 @@ import torch
 from torch.optim import Optimizer
 
 from ._batch import Given, Parts, meet
+from ._capture import check_capture
 from ._graph import check_replay, outside_of
 from ._losses import Losses, Samples, describe_bad_loss
 from ._meeting import Alone, Ranks
@@ -25,6 +26,7 @@ from ._verdict import stepped, versions_of
 def accumulate(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, samples: Samples) -> None:
     """Add one micro-batch to those that wait; see `DualBalancedOptimizer.accumulate`."""
     layout = parts.layout(base_optim)
+    check_capture(parts, layout, scaler, micro_batch=True)
     ranks = parts.processes.over(layout)
     try:
         given = meet(parts, layout, ranks, "accumulate()", losses, scaler, samples)

@@ -13,7 +13,7 @@ from ._meeting import Alone
 from ._numbers import Flag, accumulation_dtype, real, squares_of, total_of
 from ._passes import Pass, Passes
 from ._step import Batch, Step, add_rest, by_parameter
-from ._store import FlatGradientBuffer, finite
+from ._store import finite
 
 Aggregator = Callable[[Tensor], Tensor]
 
@@ -53,7 +53,7 @@ def aggregated_step(
     """
     store, terms, layout = batch.known.store, batch.terms, batch.layout
     number = len(batch.losses.names)
-    if not isinstance(store, FlatGradientBuffer):
+    if not store.keeps_rows:
         raise TypeError("an aggregator needs rows")
     averages = store.averages()
     matrix = _matrix(averages, number, store.device)

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from ._aggregator import aggregated_step, check_aggregator
 from ._batch import Given, Parts, device_of, make_batch, meet
+from ._capture import check_capture, check_replayed, is_capturing
 from ._graph import check_replay, outside_of
 from ._losses import Losses, Samples
 from ._meeting import Alone
@@ -26,7 +27,6 @@ from ._passes import Passes, set_aside
 from ._rule import Balance
 from ._scaling import Held, scaled, unscaled
 from ._step import Batch, Step, count, exact_step, gradients_of, put, shaped, task_passes
-from ._store import FlatGradientBuffer
 from ._verdict import (
     Overflow,
     bad_loss,
@@ -45,6 +45,7 @@ def backward(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, s
     layout = parts.layout(base_optim)
     ranks = parts.processes.over(layout)
     warn_of_world(parts)
+    check_capture(parts, layout, scaler)
     check_aggregator(parts.settings.aggregator, fully_shard=ranks.agrees)
     try:
         given = meet(parts, layout, ranks, "backward()", losses, scaler, samples)
@@ -88,7 +89,7 @@ def backward(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, s
 def _rows_before(parts: Parts, held: Held | None) -> list[list[Tensor]] | None:
     """Copies of the rows where they take in a batch whose joint pass may still overflow."""
     known = parts.state.averages
-    if held is None or not parts.members.joint or known is None or not isinstance(known.store, FlatGradientBuffer):
+    if held is None or not parts.members.joint or known is None or not known.store.keeps_rows:
         return None
     return [[row.clone() for row in rows] for rows in known.store.averages()]
 
@@ -96,7 +97,8 @@ def _rows_before(parts: Parts, held: Held | None) -> list[list[Tensor]] | None:
 def _undo(parts: Parts, kept: list[list[Tensor]] | None) -> None:
     """Averages that this batch began go back to zero, those that were kept to what they were."""
     known = parts.state.averages
-    if known is None or not isinstance(known.store, FlatGradientBuffer):
+    # What a capture has recorded was not done.
+    if known is None or not known.store.keeps_rows or is_capturing():
         return
     if kept is not None:
         known.store.load_averages(kept)
@@ -147,6 +149,7 @@ def _step(parts: Parts, batch: Batch, mean: Means, ranks: Alone, given: Given, h
 def _checked(passes: Passes, parts: Parts, batch: Batch, ranks: Alone, given: Given) -> Passes:
     """Before the first pass: classes that are new in these graphs are run twice, where a graph is walked twice."""
     if any(given.marked) and (parts.members.joint or len(batch.running) > 1):
+        check_replayed()
         check_replay(
             ranks.take,
             batch.losses.losses,
@@ -178,7 +181,7 @@ def _commit(parts: Parts, batch: Batch, step: Step, new: dict[Tensor, Tensor], g
     """Count the batch and set `.grad`; from here on the tasks are fixed."""
     state, pending, known = parts.state, parts.pending, batch.known
     state.averages = known
-    if step.averages is not None and isinstance(known.store, FlatGradientBuffer):
+    if step.averages is not None and known.store.keeps_rows:
         rows = zip(known.store.averages(), step.averages, strict=True)
         known.store.load_averages([[fresh.get(t, row) for t, row in enumerate(old)] for old, fresh in rows])
     count(step, known)

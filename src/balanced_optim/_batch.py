@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ._aggregator import Aggregator
+from ._capture import is_capturing
+from ._cuda_store import DeviceRows, DeviceSum, is_chosen
 from ._graph import outside_of, unverified
 from ._losses import Losses, Samples, TaskLosses, read_losses, read_samples
 from ._meeting import Alone, Ranks, Totals
@@ -65,13 +67,17 @@ class Parts:
 def new_store(parts: Parts, layout: Layout, ranks: Alone, tasks: int) -> Store:
     """Rows where the method looks at all gradients at once or again later, else a running sum."""
     settings, rule = parts.settings, parts.settings.rule
-    averaged = [parameter.detach() for parameter in ranks.parts(layout.averaged)]
+    averaged = ranks.parts(layout.averaged)
     device = averaged[0].device if averaged else layout.parameters[0].device
     # Where every rank has whole rows there is nothing to agree on.
     own = ranks if ranks.agrees else ALONE
-    if parts.state.beta > 0 or not rule.streams or parts.members.joint or settings.aggregator is not None:
-        return FlatGradientBuffer(averaged, tasks, settings.ema_dtype, own, device)
-    return RunningSum(averaged, own, rule.norm_target is not None, device)
+    rows = parts.state.beta > 0 or not rule.streams or parts.members.joint or settings.aggregator is not None
+    dtype, normalise = settings.ema_dtype, rule.norm_target is not None
+    if is_chosen(averaged):
+        return DeviceRows(averaged, tasks, dtype, own) if rows else DeviceSum(averaged, own, normalise)
+    if rows:
+        return FlatGradientBuffer(averaged, tasks, dtype, own, device)
+    return RunningSum(averaged, own, normalise, device)
 
 
 def averages_for(parts: Parts, names: tuple[str, ...], named: bool, layout: Layout, ranks: Alone) -> Averages:
@@ -83,7 +89,7 @@ def averages_for(parts: Parts, names: tuple[str, ...], named: bool, layout: Layo
     if are_same(known.rows, layout.averaged):
         return known
     store = new_store(parts, layout, ranks, len(names))
-    if isinstance(store, FlatGradientBuffer) and isinstance(known.store, FlatGradientBuffer):
+    if store.keeps_rows and known.store.keeps_rows:
         old = dict(zip(known.rows, known.store.averages(), strict=True))
         store.load_averages([old.get(parameter, [None] * len(names)) for parameter in layout.averaged])
     return replace(known, store=store, rows=list(layout.averaged))
@@ -118,7 +124,8 @@ def read(parts: Parts, layout: Layout, ranks: Alone, losses: Losses, scaler: Any
         raise TypeError(
             f"scaler must be a torch.amp.GradScaler or None, got {type(scaler).__name__}; under bf16 leave it out"
         )
-    if (scaler is not None and scaler.is_enabled()) or (pending.balance is None and pending.micro_batches is None):
+    first = pending.balance is None and pending.micro_batches is None and not is_capturing()
+    if (scaler is not None and scaler.is_enabled()) or first:
         check_unscaled(batch, scaler if scaler is not None and scaler.is_enabled() else None, rule.logs(batch.names))
     device = device_of(layout)
     counted = read_samples(samples, batch, may_be_zero=isinstance(ranks, Ranks))

@@ -14,7 +14,6 @@ from ._members import Layout, are_same
 from ._processes import ALONE
 from ._state import Averages, new_averages
 from ._state_dict import FROZEN, REACHED, SHARED, Saved, check_fits, merge, split
-from ._store import FlatGradientBuffer
 
 
 def saved_state(parts: Parts, base_optim: Optimizer) -> dict[str, Any]:
@@ -31,7 +30,7 @@ def saved_state(parts: Parts, base_optim: Optimizer) -> dict[str, Any]:
         known = new_averages(tasks, False, new_store(parts, layout, ranks, len(tasks)), list(layout.averaged), None)
     places = {parameter: position for position, parameter in enumerate(layout.parameters)}
     averages: dict[int, list[Tensor]] = {}
-    if known is not None and isinstance(known.store, FlatGradientBuffer):
+    if known is not None and known.store.keeps_rows:
         for parameter, rows in zip(known.rows, known.store.averages(), strict=True):
             if parameter in places:
                 averages[places[parameter]] = [ranks.entry(row, parameter) for row in rows]
@@ -89,7 +88,7 @@ def _room(parts: Parts, saved: Saved, layout: Layout) -> Averages:
     """The averages to load into: those that are there, so that a captured graph goes on, or new ones."""
     known, tasks = parts.state.averages, saved.header["tasks"]
     fits = known is not None and len(known.tasks) == len(tasks) and are_same(known.rows, layout.averaged)
-    if known is None or not fits or isinstance(known.store, FlatGradientBuffer) != bool(saved.averages):
+    if known is None or not fits or known.store.keeps_rows != bool(saved.averages):
         store = new_store(parts, layout, parts.processes.over(layout), len(tasks))
         known = parts.state.averages = new_averages(tasks, False, store, list(layout.averaged), None)
     known.tasks, known.named = tasks, bool(saved.header["named"])
@@ -103,7 +102,7 @@ def _fill(known: Averages, header: dict[str, Any], rows: dict[Tensor, list[Tenso
     known.batches.fill_(header["batches"])
     known.ages[:] = header["ages"]
     set_weights(known, parts.state.task_weights)
-    if isinstance(known.store, FlatGradientBuffer):
+    if known.store.keeps_rows:
         known.store.load_averages([rows.get(parameter) or missing for parameter in known.rows])
         if parts.members.joint:
             # Norms belong to the averages, so a checkpoint need not hold them.
@@ -129,7 +128,7 @@ def reset(parts: Parts, base_optim: Optimizer) -> None:
     parts.members.start_anew(base_optim)
     known = parts.state.averages
     layout = parts.layout(base_optim)
-    if known is not None and are_same(known.rows, layout.averaged) and isinstance(known.store, FlatGradientBuffer):
+    if known is not None and are_same(known.rows, layout.averaged) and known.store.keeps_rows:
         # In place, so that a captured graph starts anew too.
         known.store.load_averages([[None] * len(known.tasks)] * len(known.rows))
         for vector in (known.counts, known.batches, known.norms):

@@ -1,15 +1,14 @@
-"""The stores of a GPU: rows that change places on the device, and a running sum, by Triton kernels.
+"""The stores of a GPU, as in `_store`, by Triton kernels: rows that change places on the device, and a running sum.
 
 From `start` to `combine` nothing waits for the device. With TRITON_INTERPRET=1 the same code runs on CPU tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
-from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from itertools import accumulate
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,19 +18,19 @@ from ._device_layout import (
     PinnedTables,
     Segment,
     addresses_of,
-    dense,
     hold,
     kernels,
     launch,
     moved,
+    plain,
+    readable,
     total_of,
     triton_dtype,
-    wide_dtype,
 )
-
-if TYPE_CHECKING:
-    from ._passes import Pass
-    from ._rule import Terms
+from ._meeting import Alone
+from ._numbers import accumulation_dtype, grad_dtype
+from ._passes import Gradients, Pass
+from ._rule import Terms
 
 # Elements of each row that are held in double precision at a time.
 _GRAM_PIECE = 1 << 18
@@ -47,32 +46,38 @@ def triton_is_there() -> bool:
     return True
 
 
-@dataclass(frozen=True)
-class _Measured:
-    """One segment's part of a pass: an address table for each kind of gradient, and the partial squares."""
+# Where these stores take the place of those in torch: on what Triton compiles for. Tests set it.
+CHOSEN: Callable[[Sequence[Tensor]], bool] = lambda parameters: (  # noqa: E731
+    all(p.is_cuda and torch.cuda.get_device_capability(p.device) >= (7, 0) for p in parameters) and triton_is_there()
+)
 
+
+def is_chosen(parameters: Sequence[Tensor]) -> bool:
+    """Whether averages of these parameters are kept by the stores here."""
+    return bool(parameters) and CHOSEN(parameters)
+
+
+class _Measured(NamedTuple):
+    """One segment's part of a pass: its gradients, their addresses by kind, and the partial squares."""
+
+    gradients: Gradients
     tables: list[tuple[Tensor, Kind]]
     partials: Tensor
-    gradients: list[Tensor | None]
 
 
 class _DeviceStore:
-    """What both stores share: segments, address tables, and one joint decision a task.
+    """What both stores share: segments, address tables, and one joint decision a task."""
 
-    Args:
-        parameters: only shapes, strides, devices and dtypes are read.
-        dtype: of the rows; None is float32, or float64 for parameters of double precision.
-        ranks: those that hold the other shards; None is one process.
-    """
+    keeps_rows: ClassVar[bool]
 
-    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None, ranks: Any) -> None:
-        self.device = parameters[0].device
-        self._number = len(parameters)
-        self._ranks: Any = ranks if ranks is not None and ranks.agrees else None
-        shares = [1.0] * len(parameters) if ranks is None or ranks.shares is None else ranks.shares
-        together: dict[tuple[Any, ...], list[int]] = {}
+    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None, ranks: Alone | None) -> None:
+        self.device, self._number = parameters[0].device, len(parameters)
+        self._ranks = ranks if ranks is not None and ranks.agrees else None
+        shares = (ranks.shares if ranks is not None else None) or [1.0] * len(parameters)
+        together: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
         for i, p in enumerate(parameters):
-            together.setdefault((p.device, dtype or wide_dtype(p.dtype), p.dtype.to_real()), []).append(i)
+            kind = p.device, dtype or accumulation_dtype(p.dtype), grad_dtype(p).to_real()
+            together.setdefault(kind, []).append(i)
         self._segments = [
             Segment([parameters[i] for i in members], members, row_dtype, [shares[i] for i in members])
             for (_, row_dtype, _), members in together.items()
@@ -92,20 +97,12 @@ class _DeviceStore:
 
     def norms(self) -> Tensor:
         """||ema_t|| of each task, NaN where it was absent or refused."""
-        return self._squares.sqrt().to(self.norm_dtype)
+        return self._norms(self._squares)
 
-    def _measure(
-        self, task: int, shared: Sequence[Tensor | None], rest: Iterable[Tensor]
-    ) -> tuple[list[_Measured], list[Tensor]]:
-        """Each segment's squares, non-finite heads among them, and the heads of devices that have no segment."""
-        heads: dict[torch.device, list[Tensor]] = {}
-        for gradient in rest:
-            heads.setdefault(gradient.device, []).append(dense(gradient).contiguous())
-        measured = []
-        for segment in self._segments:
-            plain = [place.plain(shared[i]) for i, place in zip(segment.members, segment.places, strict=True)]
-            measured.append(self._measure_segment(segment, plain, heads.pop(segment.device, []), task))
-        return measured, [head for together in heads.values() for head in together]
+    def _norms(self, squares: Tensor) -> Tensor:
+        # A sum has asked for the squares of all ranks pass by pass.
+        squares = self._ranks.total(squares) if self._ranks is not None and self.keeps_rows else squares
+        return squares.sqrt().to(self.norm_dtype)
 
     def _take(self, one: Pass, kernel: Any, *state: Any) -> tuple[list[_Measured], Tensor]:
         """Measure a pass and decide; returns whether it counts."""
@@ -116,14 +113,22 @@ class _DeviceStore:
             ok = ok & head.isfinite().all().to(self.device, non_blocking=True)
         return measured, self._decide(one.task, [part.partials for part in measured], ok, kernel, *state)
 
-    def _measure_segment(
-        self, segment: Segment, shared: list[Tensor | None], heads: list[Tensor], task: int
-    ) -> _Measured:
-        sizes, firsts, blocks = [head.numel() for head in heads], list[int](), 0
-        for size in sizes:
-            firsts.append(blocks)
-            blocks += -(-size // kernels().BLOCK)
-        gradients = [*shared, *heads]
+    def _measure(
+        self, task: int, shared: Sequence[Tensor | None], rest: Iterable[Tensor]
+    ) -> tuple[list[_Measured], list[Tensor]]:
+        """Each segment's squares, non-finite heads among them, and the heads of devices that have no segment."""
+        heads: dict[torch.device, list[Tensor]] = {}
+        for gradient in rest:
+            heads.setdefault(gradient.device, []).append(readable(gradient).contiguous())
+        measured = []
+        for segment in self._segments:
+            own = [plain(shared[i], place) for i, place in zip(segment.members, segment.places, strict=True)]
+            measured.append(self._measure_segment(segment, own, heads.pop(segment.device, []), task))
+        return measured, [head for together in heads.values() for head in together]
+
+    def _measure_segment(self, segment: Segment, shared: Gradients, heads: list[Tensor], task: int) -> _Measured:
+        gradients, sizes = [*shared, *heads], [head.numel() for head in heads]
+        *firsts, blocks = accumulate((-(-size // kernels().BLOCK) for size in sizes), initial=0)
         tables = [
             (self._tables.on(segment.device, [*words, *sizes, *firsts]), kind)
             for kind, words in addresses_of(gradients, segment.gradient_dtype).items()
@@ -131,15 +136,15 @@ class _DeviceStore:
         partials = torch.empty(segment.blocks + blocks, dtype=segment.wide, device=segment.device)
         for table, kind in tables:
             segment.measure(table, kind, partials, len(heads), task)
-        return _Measured(tables, partials, gradients)
+        return _Measured(gradients, tables, partials)
 
     def _decide(self, task: int, partials: Sequence[Tensor], ok: Tensor, kernel: Any, *state: Any) -> Tensor:
         """Launch the kernel that decides for all segments and ranks; returns whether the pass counts."""
         squares = partials[0] if len(partials) == 1 and self._ranks is None else self._joint(partials)
         if self._ranks is not None:
             finite = squares.sum().isfinite() & self._usable[task] & (self._healthy != 0)
-            ok = self._ranks.agree(ok & finite)
-            squares = self._whole(squares)
+            ok = torch.as_tensor(self._ranks.agree(ok & finite))
+            squares = squares if self.keeps_rows else self._ranks.total(squares)
         taken = torch.empty((), dtype=torch.bool, device=self.device)
         launch(
             kernel, self.device, 1, squares, self._usable, ok, self._healthy, taken, self._squares, *state,
@@ -151,20 +156,18 @@ class _DeviceStore:
         """One number a segment."""
         return torch.cat([total_of(part).to(self.device, non_blocking=True) for part in partials])
 
-    def _whole(self, squares: Tensor) -> Tensor:
-        """The squares that a decision needs: this rank's, since `ok` is joint already."""
-        return squares
-
 
 class DeviceRows(_DeviceStore):
     """T averages in T + 1 rows; a table of slots on the device says which row is whose, and which one is spare.
 
     A pass is averaged into the spare row, which trades places with the task's if all is well. No value depends on
-    which row holds what.
+    which row holds what. For arguments and methods see `FlatGradientBuffer`.
     """
 
+    keeps_rows: ClassVar[Literal[True]] = True
+
     def __init__(
-        self, parameters: Sequence[Tensor], tasks: int, dtype: torch.dtype | None = None, ranks: Any = None
+        self, parameters: Sequence[Tensor], tasks: int, dtype: torch.dtype | None = None, ranks: Alone | None = None
     ) -> None:
         super().__init__(parameters, dtype, ranks)
         self.tasks = tasks
@@ -188,16 +191,9 @@ class DeviceRows(_DeviceStore):
                 segment.slots.copy_(slots, non_blocking=True)
         return taken
 
-    def norms(self) -> Tensor:
-        """||ema_t|| of each task, NaN where it was absent or refused."""
-        return self._norms(self._squares)
-
-    def _norms(self, squares: Tensor) -> Tensor:
-        return (squares if self._ranks is None else self._ranks.total(squares)).sqrt().to(self.norm_dtype)
-
-    def combine(self, weights: Tensor) -> list[Tensor | None]:
-        """``sum_t w_t * ema_t`` for each parameter, of its dtype, in fresh memory."""
-        result: list[Tensor | None] = [None] * self._number
+    def combine(self, weights: Tensor) -> Gradients:
+        """``sum_t w_t * ema_t`` for each parameter, of the dtype of its `.grad`, in fresh memory."""
+        result: Gradients = [None] * self._number
         block = kernels().SUM_BLOCK
         for segment in self._segments:
             out = torch.empty(segment.length, dtype=segment.gradient_dtype, device=segment.device)
@@ -210,21 +206,19 @@ class DeviceRows(_DeviceStore):
                 result[member] = view
         return result
 
+    def _rows(self) -> list[tuple[Segment, list[Tensor]]]:
+        """Each segment's rows in the order of the tasks. Reads the slots."""
+        slots = self._segments[0].slots.tolist()[: self.tasks]
+        return [(segment, [segment.rows[slot] for slot in slots]) for segment in self._segments]
+
     def averages(self) -> list[list[Tensor]]:
-        """For each parameter its T averages, shaped like it: views of the rows. Reads the slots."""
+        """For each parameter its T averages, shaped like it: views of the rows."""
         result: list[list[Tensor]] = [[] for _ in range(self._number)]
         for segment, rows in self._rows():
             for row in rows:
                 for member, view in segment.views(row):
                     result[member].append(view)
         return result
-
-    def _rows(self) -> Iterator[tuple[Segment, list[Tensor]]]:
-        """Each segment's rows in the order of the tasks."""
-        slots = self._segments[0].slots.tolist()[: self.tasks]
-        for segment in self._segments:
-            if segment.rows is not None:
-                yield segment, [segment.rows[slot] for slot in slots]
 
     def load_averages(self, averages: Sequence[Sequence[Tensor | None]]) -> None:
         """Overwrite all averages where they lie; None sets zeros."""
@@ -235,30 +229,23 @@ class DeviceRows(_DeviceStore):
     def load_norms(self) -> Tensor:
         """||row_t|| of the rows as they are, bit for bit what `norms` gives for gradients of the parameters' dtype."""
         # The same kernel averages nothing in: the order of the sum is the same, and the spare row gets a copy.
-        weights = [segment.weights for segment in self._segments]
         for segment in self._segments:
             whole = torch.ones(self.tasks, dtype=torch.float64, device=segment.device)
             segment.weights = (whole, torch.zeros_like(whole))
-        squares = []
-        for task in range(self.tasks):
-            measured, _ = self._measure(task, [None] * self._number, [])
-            squares.append(total_of(self._joint([part.partials for part in measured])))
-        for segment, before in zip(self._segments, weights, strict=True):
-            segment.weights = before
-        return self._norms(torch.cat(squares))
+        nothing: Gradients = [None] * self._number
+        measured = [self._measure(task, nothing, [])[0] for task in range(self.tasks)]
+        return self._norms(torch.cat([total_of(self._joint([part.partials for part in parts])) for parts in measured]))
 
     def gram(self) -> Tensor:
-        """<ema_s, ema_t> for every pair of tasks, shape (T, T), in double precision; of this rank's shards."""
+        """<ema_s, ema_t> for every pair of tasks, shape (T, T), in double precision."""
         result = torch.zeros(self.tasks, self.tasks, dtype=torch.float64, device=self.device)
         for segment, rows in self._rows():
-            alike = groupby(zip(segment.shares, segment.places, strict=True), key=lambda pair: pair[0])
-            for share, pairs in alike:
-                places = [place for _, place in pairs]
-                begin, end = places[0].start, places[-1].start + places[-1].size
-                for at in range(begin, end, _GRAM_PIECE):
+            for share, place in zip(segment.shares, segment.places, strict=True):
+                end = place.start + place.size
+                for at in range(place.start, end, _GRAM_PIECE):
                     matrix = torch.stack([row[at : min(at + _GRAM_PIECE, end)].double() for row in rows])
                     result += share * (matrix @ matrix.t()).to(self.device)
-        return result
+        return result if self._ranks is None else self._ranks.total(result)
 
     def clear(self, task: int) -> None:
         """Set the average of `task` back to zero."""
@@ -267,16 +254,13 @@ class DeviceRows(_DeviceStore):
 
 
 class DeviceSum(_DeviceStore):
-    """The running sum of a method without averages: no row is kept, n scalars beside the gradient that arrives.
+    """The running sum of a method without averages: n scalars beside the gradient that arrives. See `RunningSum`."""
 
-    w_t = common * scale_t, where scale_t = factor_t * (unit / ||g_t||)**p is known when g_t arrives and the common
-    factor at the end. `unit` is the first counted task's norm: one task alone passes through bit for bit.
-    """
+    keeps_rows: ClassVar[Literal[False]] = False
 
-    def __init__(self, parameters: Sequence[Tensor], ranks: Any = None, normalise: bool = True) -> None:
+    def __init__(self, parameters: Sequence[Tensor], ranks: Alone | None = None, normalise: bool = True) -> None:
         super().__init__(parameters, None, ranks)
-        self._normalise = int(normalise)
-        self._totals: list[Tensor] = []
+        self._normalise, self._totals = normalise, list[Tensor]()
 
     def start(self, terms: Terms) -> None:
         """Begin a batch, without what an earlier, abandoned one left."""
@@ -284,13 +268,14 @@ class DeviceSum(_DeviceStore):
         self._factors = moved(terms.factors, self.device, torch.float64)
         self._scales = torch.zeros_like(self._squares)
         self._unit = torch.zeros((), dtype=torch.float64, device=self.device)
-        power = terms.power
+        # (unit / ||g_t||)**0 is 1: without a rescale each gradient counts as it is.
+        power = terms.power if self._normalise else 0.0
         self._power = moved(power, self.device, torch.float64) if isinstance(power, Tensor) else self._unit + power
         self._totals, self._reached = [], set[int]()
 
     def add(self, one: Pass) -> Tensor:
         """Add one task's gradients, if all is well; returns whether, without waiting."""
-        state = (self._scales, self._unit, self._factors, self._power, self._normalise)
+        state = (self._scales, self._unit, self._factors, self._power)
         measured, taken = self._take(one, kernels().scale_kernel, *state)
         fresh = not self._totals
         if fresh:
@@ -305,18 +290,13 @@ class DeviceSum(_DeviceStore):
         self._reached |= {i for i, gradient in enumerate(one.shared) if gradient is not None}
         return taken
 
-    def _whole(self, squares: Tensor) -> Tensor:
-        """The squares of all ranks, which the scale needs."""
-        joint: Tensor = self._ranks.total(squares)
-        return joint
-
-    def combine(self, weights: Tensor) -> list[Tensor | None]:
-        """``sum_t w_t * g_t`` for each parameter, of its dtype, in fresh memory; None where no task reached it."""
+    def combine(self, weights: Tensor) -> Gradients:
+        """``sum_t w_t * g_t`` for each parameter, in fresh memory; None where no task reached it."""
         scales = self._scales.to(weights.dtype)
         # Each ratio is the common factor; that of the largest scale is the most exact. 0 where no task counts.
         ratios = torch.where(scales > 0, weights / scales, 0.0)
         common = ratios.gather(0, scales.argmax(keepdim=True)).squeeze(0)
-        result: list[Tensor | None] = [None] * self._number
+        result: Gradients = [None] * self._number
         for segment, total in zip(self._segments, self._totals, strict=False):
             dtype = segment.gradient_dtype
             out = total if total.dtype == dtype else torch.empty_like(total, dtype=dtype)

@@ -12,6 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._numbers import accumulation_dtype, grad_dtype, real
+from ._store import _Place as Place
+from ._store import _place as place_of
+
 # Parameters start at multiples of this many elements, so that every row and parameter is aligned for vector loads.
 _ALIGNMENT = 64
 _READABLE = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
@@ -39,11 +43,6 @@ def triton_dtype(dtype: torch.dtype) -> Any:
     return getattr(kernels().tl, str(dtype).removeprefix("torch."))
 
 
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that values are computed in, and that rows have by default."""
-    return torch.promote_types(dtype.to_real(), torch.float32)
-
-
 def moved(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
     """A vector in one piece at an even address, since a kernel compiles anew for an odd one; nobody waits for it."""
     # Made on the host, whatever the default device.
@@ -52,22 +51,32 @@ def moved(values: Sequence[Any] | Tensor, device: torch.device, dtype: torch.dty
     return vector.clone() if vector.data_ptr() % 16 else vector
 
 
-def dense(tensor: Tensor) -> Tensor:
-    """The tensor strided and real (complex as pairs), in a dtype that the kernels read."""
-    tensor = tensor if tensor.layout is torch.strided else tensor.to_dense()
-    tensor = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor.resolve_neg()
-    return tensor if tensor.dtype in _READABLE else tensor.float()
+def readable(gradient: Tensor) -> Tensor:
+    """The gradient strided and real (complex as pairs), in a dtype that the kernels read."""
+    gradient = real(gradient).resolve_neg()
+    return gradient if gradient.dtype in _READABLE else gradient.float()
+
+
+def plain(gradient: Tensor | None, place: Place) -> Tensor | None:
+    """The gradient with its elements in memory as in a row: itself where it is so already."""
+    if gradient is None or place.size == 0:
+        return None
+    strided = gradient.dtype in _READABLE and gradient.layout is torch.strided
+    if strided and gradient.stride() == place.stride and not gradient.is_neg():
+        return gradient
+    gradient = readable(gradient)
+    if all(a == b or n == 1 for a, b, n in zip(gradient.stride(), place.stride, place.shape, strict=True)):
+        return gradient
+    memory = torch.empty_strided(place.shape, place.stride, dtype=gradient.dtype, device=gradient.device)
+    return memory.copy_(gradient)
 
 
 def hold(gradients: Sequence[Tensor | None]) -> None:
     """Keep memory that may come from another stream until the current one has read it."""
-    streams: dict[torch.device, torch.cuda.Stream] = {}
-    for gradient in gradients:
-        if gradient is not None and gradient.is_cuda and gradient.layout is torch.strided:
-            device = gradient.device
-            if device not in streams:
-                streams[device] = torch.cuda.current_stream(device)
-            gradient.record_stream(streams[device])
+    there = [g for g in gradients if g is not None and g.is_cuda and g.layout is torch.strided]
+    streams = {device: torch.cuda.current_stream(device) for device in {g.device for g in there}}
+    for gradient in there:
+        gradient.record_stream(streams[gradient.device])
 
 
 def addresses_of(tensors: Sequence[Tensor | None], default: torch.dtype) -> dict[Kind, list[int]]:
@@ -83,60 +92,24 @@ def addresses_of(tensors: Sequence[Tensor | None], default: torch.dtype) -> dict
     }
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where one parameter lies in a row: `size` real elements from `start` on, shaped and strided like it."""
-
-    start: int
-    size: int
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-    @staticmethod
-    def of(parameter: Tensor, start: int) -> Place:
-        """The parameter from `start` on, without gaps; complex numbers as pairs."""
-        like = torch.empty_like(parameter, device="meta")
-        like = torch.view_as_real(like) if like.is_complex() else like
-        return Place(start, like.numel(), tuple(like.shape), tuple(like.stride()), parameter.dtype)
-
-    def view(self, row: Tensor) -> Tensor:
-        """The parameter's part of a row, in its own shape."""
-        part = row.as_strided(self.shape, self.stride, row.storage_offset() + self.start)
-        return torch.view_as_complex(part) if self.dtype.is_complex else part
-
-    def plain(self, gradient: Tensor | None) -> Tensor | None:
-        """The gradient with its elements in memory as in a row: itself where it is so already."""
-        if gradient is None or self.size == 0:
-            return None
-        readable = gradient.dtype in _READABLE and gradient.layout is torch.strided
-        if readable and gradient.stride() == self.stride and not gradient.is_neg():
-            return gradient
-        gradient = dense(gradient)
-        if all(a == b or n == 1 for a, b, n in zip(gradient.stride(), self.stride, self.shape, strict=True)):
-            return gradient
-        memory = torch.empty_strided(self.shape, self.stride, dtype=gradient.dtype, device=gradient.device)
-        return memory.copy_(gradient)
-
-
 class Segment:
     """The parameters of one device, row dtype and gradient dtype: one row is one stretch of memory.
 
     A store with rows sets `rows`, the `slots` of the device, and the `weights` of this batch: keep and gain.
     """
 
-    rows: Tensor | None = None
+    rows: Tensor
     slots: Tensor
     weights: tuple[Tensor, ...] = ()
 
     def __init__(
         self, parameters: Sequence[Tensor], members: list[int], dtype: torch.dtype, shares: list[float]
     ) -> None:
-        self.members, self.dtype, self.wide, self.shares = members, dtype, wide_dtype(dtype), shares
-        self.device, self.gradient_dtype = parameters[0].device, parameters[0].dtype.to_real()
+        self.members, self.dtype, self.wide, self.shares = members, dtype, accumulation_dtype(dtype), shares
+        self.device, self.gradient_dtype = parameters[0].device, grad_dtype(parameters[0]).to_real()
         self.places, self.length = list[Place](), 0
         for parameter in parameters:
-            self.places.append(Place.of(parameter, self.length))
+            self.places.append(place_of(parameter, self.length))
             self.length += -(-self.places[-1].size // _ALIGNMENT) * _ALIGNMENT
         blocks = [(i, at) for i, place in enumerate(self.places) for at in range(0, place.size, kernels().BLOCK)]
         self.blocks = len(blocks)
@@ -150,16 +123,16 @@ class Segment:
 
     def views(self, row: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Each parameter's number and its part of a row."""
-        return zip(self.members, [place.view(row) for place in self.places], strict=True)
+        return zip(self.members, [place.shaped(row) for place in self.places], strict=True)
 
     def measure(self, table: Tensor, kind: Kind, partials: Tensor, heads: int, task: int) -> None:
         """The squares of one kind of gradients, with rows those of the average, which goes into the spare row."""
-        state = (table,) * 4 if self.rows is None else (self.rows, self.slots, *self.weights)
+        state = (self.rows, self.slots, *self.weights) if self.weights else (table,) * 4
         launch(
             kernels().average_kernel, self.device, len(partials),
             table, *self.tables, self.share_table, *state, partials,
             task, len(state[1]) - 1, self.length, len(self.places), heads, self.blocks,
-            ROWS=self.rows is not None, KIND=triton_dtype(kind[0]), ALIGNED=kind[1], WIDE=triton_dtype(self.wide),
+            ROWS=bool(self.weights), KIND=triton_dtype(kind[0]), ALIGNED=kind[1], WIDE=triton_dtype(self.wide),
             BLOCK=kernels().BLOCK,
         )  # fmt: skip
 
@@ -177,7 +150,7 @@ class PinnedTables:
     """Address tables go to a GPU from pinned memory.
 
     It cannot be allocated while a CUDA graph is captured, and must live as long as the graph: it is set aside in
-    batches before, as many tables as a batch needs, and what a capture has used is kept.
+    batches before, as many tables as a batch needs, all as large as the largest; what a capture has used is kept.
     """
 
     used: int = 0
@@ -189,21 +162,22 @@ class PinnedTables:
 
     def on(self, device: torch.device, words: list[int]) -> Tensor:
         """The words on the device, without waiting."""
-        if device.type != "cuda":
-            return torch.tensor(words, dtype=torch.int64, device=device)
-        if not torch.cuda.is_current_stream_capturing():
-            self._set_aside(len(words))
-            return torch.tensor(words, dtype=torch.int64, device="cpu", pin_memory=True).to(device, non_blocking=True)
-        if not self.spare or len(words) > len(self.spare[-1]):
-            raise RuntimeError("a batch like this one must run once before it is captured in a CUDA graph")
-        self.kept.append(self.spare.pop()[: len(words)].copy_(torch.tensor(words, dtype=torch.int64, device="cpu")))
-        return self.kept[-1].to(device, non_blocking=True)
+        table = torch.tensor(words, dtype=torch.int64, device="cpu")
+        return (self._pinned(table) if device.type == "cuda" else table).to(device, non_blocking=True)
 
-    def _set_aside(self, words: int) -> None:
-        """As many tables as this batch has needed so far, all of the largest size seen."""
+    def _pinned(self, table: Tensor) -> Tensor:
+        size = len(table)
+        if torch.cuda.is_current_stream_capturing():
+            if not self.spare or size > len(self.spare[-1]):
+                raise RuntimeError("a batch like this one must run once before it is captured in a CUDA graph")
+            self.kept.append(self.spare.pop()[:size].copy_(table))
+            return self.kept[-1]
         self.used += 1
-        if self.spare and len(self.spare[0]) < words:
+        if self.spare and len(self.spare[0]) < size:
             self.spare = []
-        width = len(self.spare[0]) if self.spare else words
-        while len(self.spare) < self.used:
-            self.spare.append(torch.empty(width, dtype=torch.int64, device="cpu", pin_memory=True))
+        width = len(self.spare[0]) if self.spare else size
+        self.spare += [
+            torch.empty(width, dtype=torch.int64, device="cpu", pin_memory=True)
+            for _ in range(len(self.spare), self.used)
+        ]
+        return table.pin_memory()

@@ -140,10 +140,10 @@ def accept_kernel(
     tl.store(squares + task, tl.where(ok, square, float("nan")))
 
 
-@triton.jit(do_not_specialize=["task", "count", "refuses", "normalise"])
+@triton.jit(do_not_specialize=["task", "count", "refuses"])
 def scale_kernel(
     partials, usable, given, healthy, taken, squares, scales, unit, factors, power,
-    normalise, task, count, refuses, BLOCK: tl.constexpr,
+    task, count, refuses, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """scales[task] <- factor_t * (unit / ||g_t||)**power, 0 where the pass does not count.
 
@@ -161,8 +161,7 @@ def scale_kernel(
     ratio = tl.where(counts, known / norm, 1.0)
     # Exact at the power of the method; at a ratio of 1 the other branch is exact too.
     scale = tl.where(exponent == 1, ratio, tl.exp2(exponent * tl.log2(ratio)))
-    scale = tl.where(normalise != 0, scale, 1.0) * tl.load(factors + task)
-    tl.store(scales + task, tl.where(counts, scale, 0.0))
+    tl.store(scales + task, tl.where(counts, scale * tl.load(factors + task), 0.0))
 
 
 @triton.jit(do_not_specialize=["task", "fresh"])

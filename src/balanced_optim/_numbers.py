@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -29,6 +30,16 @@ def on_device(device: torch.device) -> bool:
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 where `dtype` is double precision."""
     return torch.promote_types(dtype.to_real(), torch.float32)
+
+
+# torch >= 2.9 lets `.grad` have a dtype of its own.
+_GRAD_DTYPE = attrgetter("grad_dtype") if hasattr(Tensor, "grad_dtype") else None
+
+
+def grad_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype that `parameter.grad` has."""
+    own: torch.dtype | None = None if _GRAD_DTYPE is None else _GRAD_DTYPE(parameter)
+    return own or parameter.dtype
 
 
 def widest(device: torch.device) -> torch.dtype:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -39,6 +39,8 @@ class RunningSum(Judge):
         normalise: False adds ``factor_t * g_t`` (no rescale to a common norm).
         ranks, device: see `FlatGradientBuffer`.
     """
+
+    keeps_rows: ClassVar[Literal[False]] = False
 
     def __init__(
         self,

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._cuda_store import DeviceRows, DeviceSum
 from ._rule import Balance
 from ._running_sum import RunningSum
 from ._store import FlatGradientBuffer
 
-Store = FlatGradientBuffer | RunningSum
+Store = FlatGradientBuffer | RunningSum | DeviceRows | DeviceSum
 
 
 @dataclass(slots=True)

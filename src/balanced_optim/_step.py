@@ -7,14 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from ._losses import TaskLosses
 from ._members import Layout
-from ._numbers import Flag, add_gradients, dense
+from ._numbers import Flag, add_gradients, dense, grad_dtype
 from ._passes import Gradients, Heard, Pass, Passes, Take, explained
 from ._rule import Rule, Terms
 from ._state import Averages
@@ -201,13 +200,9 @@ def apart(gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
     return result
 
 
-# torch >= 2.9 lets `.grad` have a dtype of its own.
-_GRAD_DTYPE = attrgetter("grad_dtype") if hasattr(Tensor, "grad_dtype") else None
-
-
 def laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
     """The gradient in the dtype that `.grad` needs and the strides a backward pass would give it."""
-    dtype = parameter.dtype if _GRAD_DTYPE is None else _GRAD_DTYPE(parameter) or parameter.dtype
+    dtype = grad_dtype(parameter)
     gradient = gradient if gradient.dtype == dtype else gradient.to(dtype)
     if gradient.layout is not torch.strided or gradient.stride() == parameter.stride():
         return gradient

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -230,6 +230,8 @@ class FlatGradientBuffer(Judge):
         ranks: where they hold parts of every row, how they agree and what part of a square counts.
         device: where norms are gathered; None: that of the first parameter.
     """
+
+    keeps_rows: ClassVar[Literal[True]] = True
 
     def __init__(
         self,

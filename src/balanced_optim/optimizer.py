@@ -29,7 +29,6 @@ from ._members import Members, measured_of, shared_of
 from ._processes import Processes, check_process_group
 from ._rule import Balance, Rule
 from ._state import Pending, State
-from ._store import FlatGradientBuffer
 
 
 def _of_base(name: str) -> property:
@@ -336,7 +335,7 @@ class DualBalancedOptimizer(Optimizer):
             RuntimeError: there are no averages: before the first step, or at beta = 0 without `max_weight`.
         """
         known = self._parts.state.averages
-        if known is None or not isinstance(known.store, FlatGradientBuffer):
+        if known is None or not known.store.keeps_rows:
             reason = "no step was taken yet" if known is None else "beta=0 keeps none; pass beta > 0"
             raise RuntimeError(f"gradient_cosines() needs averaged gradients, but {reason}")
         gram = known.store.gram()
