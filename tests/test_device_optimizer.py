@@ -29,7 +29,8 @@ from torch.utils._python_dispatch import _disable_current_modes
 from balanced_optim import DualBalancedOptimizer, _kernels
 from balanced_optim._cuda_store import DeviceRows, DeviceSum
 from balanced_optim._device_layout import PinnedTables
-from balanced_optim._store import FlatGradientBuffer, RunningSum
+from balanced_optim._running_sum import RunningSum
+from balanced_optim._store import FlatGradientBuffer
 
 pytestmark = pytest.mark.interpreter
 
