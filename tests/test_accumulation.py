@@ -216,7 +216,7 @@ def test_pending_micro_batches_change_nothing_and_can_be_dropped(setting, done, 
         assert_same(unnamed(one), before)
     if drop == "exception":
         handle = one[0].heads[1].weight.register_hook(lambda gradient: {}["from a hook"])
-        with pytest.raises(KeyError, match="from a hook"):
+        with pytest.raises((KeyError, RuntimeError), match="from a hook"):
             one[1].accumulate(part(one[0], 7))
         handle.remove()
         assert_same(unnamed(one), before)

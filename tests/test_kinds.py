@@ -1,7 +1,9 @@
 """Situations of kinds that many users meet, each kind with several members. What is not right must be refused."""
 
+import copy
 import subprocess
 import sys
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from balanced_optim import DualBalancedOptimizer
+from balanced_optim._passes import REMEDY
 
 FORMS = {
     "exact": lambda trunk: {},
@@ -139,6 +142,19 @@ def test_a_stored_gradient_that_is_scaled_in_place_is_noticed_whatever_the_loss(
     mean = function("Fused", store, scale).apply
     with pytest.raises(RuntimeError, match="Fused"):
         optimizer.backward([mean(output) + (loss - output.mean().detach()) for output in outputs])
+
+
+def test_a_batch_that_overflows_proves_nothing_about_a_function():
+    """As the first batches under a scaler do."""
+    spoils = function("Spoils", keep, overwrite)
+    trunk, heads, optimizer = build(nonfinite="skip")
+    optimizer.step(losses_of(trunk, heads, data(), lambda z: spoils.apply(z) / torch.zeros(3)))
+    assert optimizer.last_balance.skipped
+    losses = losses_of(trunk, heads, data(), spoils.apply)
+    losses[0].register_hook(lambda g: g * torch.inf)
+    optimizer.step(losses)
+    with pytest.raises(RuntimeError, match="Spoils"):
+        optimizer.step(losses_of(trunk, heads, data(), spoils.apply))
 
 
 def test_what_vmap_makes_of_a_function_is_checked_once_by_that_function():
@@ -274,6 +290,13 @@ def test_with_ranks_all_refuse_what_one_of_them_has(form, processes):
 # ------------------------------------------------- torch.compile around the whole step
 
 
+def test_the_lines_that_the_message_about_donated_buffers_gives_run_in_a_fresh_process():
+    """The module that they set an option of is not there after `import torch`."""
+    lines = [line.strip() for line in REMEDY.splitlines() if line.startswith("    ")]
+    code = "\n".join(["import torch", *lines, "assert not torch._functorch.config.donated_buffer"])
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_importing_the_library_does_not_import_the_compiler():
     code = "import sys, balanced_optim; sys.exit('torch._dynamo' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
@@ -405,6 +428,239 @@ def test_a_trunk_that_is_all_frozen_from_the_start_lets_heads_train_and_thaws(ru
     trunk.requires_grad_(True)
     optimizer.step(losses_of(trunk, heads, data(1)))
     assert not any(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+class Keyed(Mapping):
+    """As tensordict's: a length and an iteration of its batch, `get` that raises, no truth value."""
+
+    def __init__(self, **entries):
+        self.entries = entries
+
+    def __getitem__(self, name):
+        return self.entries[name]
+
+    def get(self, name, *default):
+        return self.entries.get(name, *default) if default else self.entries[name]
+
+    def keys(self):
+        return self.entries.keys()
+
+    def __iter__(self):
+        raise RuntimeError("iterating over an object without a batch")
+
+    def __len__(self):
+        return 0
+
+    def __bool__(self):
+        raise RuntimeError("no truth value")
+
+    __eq__ = None
+    __hash__ = None
+
+
+def test_a_mapping_is_read_by_its_keys_alone():
+    trunk, heads, optimizer = build()
+    for _ in range(2):
+        first, second = losses_of(trunk, heads, data())
+        optimizer.accumulate(Keyed(a=first, b=second), samples=Keyed(a=2, b=3))
+        optimizer.step(Keyed(b=losses_of(trunk, heads, data())[1]))
+    assert optimizer.last_balance.tasks == ("a", "b")
+    with pytest.raises(ValueError, match="unknown task 'c'"):
+        optimizer.step(Keyed(c=losses_of(trunk, heads, data())[1]))
+
+
+# ------------------------------------------------- who is shared
+
+
+def insert(trunk, optimizer):
+    optimizer.param_groups[0]["params"].insert(0, nn.Parameter(torch.ones(3, 4)))
+
+
+def move(trunk, optimizer):
+    first = optimizer.param_groups[0]["params"].pop(0)
+    optimizer.add_param_group({"params": [first]})
+
+
+def rebuild(trunk, optimizer):
+    group = optimizer.param_groups[0]
+    backwards = group["params"][::-1]
+    optimizer.param_groups[:] = [{**group, "params": backwards[:3]}, {**group, "params": backwards[3:]}]
+
+
+def exchange(trunk, optimizer):
+    parameters = optimizer.param_groups[0]["params"]
+    parameters[0], parameters[4] = parameters[4], parameters[0]
+
+
+def swap(trunk, optimizer):
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        trunk.load_state_dict(copy.deepcopy(trunk.state_dict()))
+        trunk.to(torch.float32)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def reparametrize(trunk, optimizer):
+    nn.utils.parametrize.register_parametrization(trunk[-1], "weight", nn.Identity())
+
+
+def train(trunk, heads, optimizer, seeds):
+    for seed in seeds:
+        optimizer.zero_grad()
+        optimizer.step(losses_of(trunk, heads, data(seed)))
+
+
+def values(*modules):
+    return sorted(value for module in modules for p in module.parameters() for value in p.flatten().tolist())
+
+
+@every_form
+@pytest.mark.parametrize("change", [insert, move, rebuild, exchange, swap, reparametrize])
+def test_shared_parameters_are_followed_wherever_they_go(change, form):
+    trunk, heads, optimizer = build(form)
+    train(trunk, heads, optimizer, range(2))
+    change(trunk, optimizer)
+    train(trunk, heads, optimizer, range(2, 5))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    train(trunk, heads, optimizer, range(5, 6))
+    expected = build(form)
+    train(*expected, range(6))
+    assert values(trunk, heads) == pytest.approx(values(*expected[:2]), rel=1e-4, abs=1e-6)
+
+
+def resize(trunk, heads, optimizer):
+    trunk[-1].weight.data, trunk[-1].bias.data = torch.randn(5, 3), torch.zeros(5)
+
+
+def replace(trunk, heads, optimizer):
+    for name, new in (("weight", torch.randn(5, 3)), ("bias", torch.zeros(5))):
+        old, new = getattr(trunk[-1], name), nn.Parameter(new)
+        setattr(trunk[-1], name, new)
+        parameters = optimizer.param_groups[0]["params"]
+        parameters[[one is old for one in parameters].index(True)] = new
+        optimizer.state.pop(old, None)
+
+
+def remove(trunk, heads, optimizer):
+    optimizer.param_groups[0]["params"] = optimizer.param_groups[0]["params"][1:]
+
+
+@every_form
+@pytest.mark.parametrize("change", [resize, replace, remove])
+def test_parameters_of_another_shape_or_gone_are_named_until_the_averages_are_reset(change, form):
+    trunk, heads, optimizer = build(form)
+    train(trunk, heads, optimizer, range(2))
+    change(trunk, heads, optimizer)
+    if change is not remove:
+        for head in heads:
+            head.weight.data = torch.ones(1, 5)
+    name = "0.weight" if change is remove else "2.weight"
+    with pytest.raises(ValueError, match=f"{name}.*reset_averages" if form in ("exact", "no average") else "reset_av"):
+        train(trunk, heads, optimizer, range(2, 3))
+    optimizer.reset_averages()
+    train(trunk, heads, optimizer, range(2, 5))
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+@pytest.mark.parametrize("form", ["exact", "no average", "one backward"])
+@pytest.mark.parametrize("held", [True, False])
+def test_frozen_thawed_frozen_and_thawed_again_with_a_resume_between(form, held):
+    def start(thawed):
+        trunk, heads, optimizer = build(form)
+        trunk[0].requires_grad_(False)
+        late = list(trunk[0].parameters())
+        if not held:
+            base = torch.optim.SGD([*trunk[-1].parameters(), *heads.parameters()], lr=0.01)
+            optimizer = DualBalancedOptimizer(base, trunk, **FORMS[form](trunk))
+            if thawed:
+                optimizer.add_param_group({"params": late})
+        return trunk, heads, optimizer
+
+    here = trunk, heads, optimizer = start(False)
+    train(*here, range(2))
+    start(False)[2].load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    trunk[0].requires_grad_(True)
+    if not held:
+        optimizer.add_param_group({"params": list(trunk[0].parameters())})
+    train(*here, range(2, 4))
+    trunk[0].requires_grad_(False)
+    before = trunk[0].weight.clone()
+    train(*here, range(4, 6))
+    assert torch.equal(before, trunk[0].weight)
+    resumed = start(True)
+    for part, saved in zip(resumed, copy.deepcopy([part.state_dict() for part in here]), strict=True):
+        part.load_state_dict(saved)
+    for one in (here, resumed):
+        one[0][0].requires_grad_(True)
+        train(*one, range(6, 8))
+    assert values(*here[:2]) == values(*resumed[:2])
+    assert not torch.equal(before, trunk[0].weight)
+
+
+# ------------------------------------------------- norms of zero, heads with an optimizer of their own
+
+
+class Branch(nn.Module):
+    """A residual branch that begins at zero: by its gain, or as LoRA does by its second matrix."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.stem = nn.Linear(4, 3)
+        self.first, self.second = nn.Linear(3, 2, bias=False), nn.Linear(2, 3, bias=False)
+        self.gain = nn.Parameter(torch.ones(3))
+        nn.init.zeros_(self.gain if kind == "gain" else self.second.weight)
+
+    def forward(self, x):
+        x = self.stem(x)
+        return x + self.gain * self.second(self.first(x).tanh())
+
+
+OPTIONS = [{}, {"max_weight": 2.0}, {"nonfinite": "ignore"}, {"norm_target": 1.0}, {"norm_target": "median"}]
+OPTIONS += [{"task_weights": [1.0, 2.0]}, {"fade_solved": True, "eps": 1e-3}, {"norm_power": 0.5, "warmup_steps": 3}]
+
+
+@pytest.mark.parametrize("refresh_every", [1, 3])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("kind", ["gain", "matrix"])
+def test_behind_a_layer_of_zeros_the_log_alone_acts_until_there_is_a_norm(kind, options, refresh_every):
+    torch.manual_seed(0)
+    trunk, heads = Branch(kind), nn.ModuleList(nn.Linear(3, 1) for _ in range(2))
+    base = torch.optim.Adam([*trunk.parameters(), *heads.parameters()], lr=1e-2)
+    optimizer = DualBalancedOptimizer(base, trunk, norm_params=trunk.first, refresh_every=refresh_every, **options)
+    before = copy.deepcopy(trunk.state_dict())
+    optimizer.backward(losses_of(trunk, heads, data()))
+    assert optimizer.last_balance.norms.tolist() == [0.0, 0.0]
+    assert (optimizer.last_balance.weights > 0).all()
+    optimizer.step()
+    train(trunk, heads, optimizer, range(10))
+    assert not any(torch.equal(value, before[name]) for name, value in trunk.state_dict().items())
+    assert (optimizer.last_balance.norms > 0).all()
+
+
+@every_form
+@pytest.mark.parametrize("scaled", [False, True])
+def test_heads_with_an_optimizer_of_their_own_get_the_gradient_of_the_whole_batch(form, scaled):
+    def run(parts):
+        trunk, heads, _ = build(form)
+        optimizer = DualBalancedOptimizer(torch.optim.SGD(trunk.parameters(), lr=0.01), trunk, **FORMS[form](trunk))
+        own, found = torch.optim.SGD(heads.parameters(), lr=0.01), []
+        for seed in range(3):
+            scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
+            optimizer.zero_grad()
+            own.zero_grad()
+            *early, last = data(seed).split(parts)
+            for rows in early:
+                optimizer.accumulate(losses_of(trunk, heads, rows), scaler, samples=len(rows))
+            optimizer.backward(losses_of(trunk, heads, last), scaler, samples=len(last))
+            for each in (optimizer, own) if scaler else ():
+                scaler.unscale_(each)
+            found += gradients(trunk, heads)
+            optimizer.step()
+            own.step()
+        return [gradient.clone() for gradient in found]
+
+    are_close(run([4, 2, 2]), run([8]))
 
 
 # ------------------------------------------------- what messages say

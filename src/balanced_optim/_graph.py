@@ -182,9 +182,15 @@ def check_replay(
             except (AttributeError, LookupError, TypeError, ValueError) as error:
                 # It gave away what it saved.
                 raise RuntimeError(_overwrites(new)) from error
-        if not all(same):
-            raise RuntimeError(_overwrites(new))
-        _verified.update(new)
+        # Gradients that are not finite say nothing; the batch is refused elsewhere, and the next one is looked at.
+        if _are_finite(first):
+            if not all(same):
+                raise RuntimeError(_overwrites(new))
+            _verified.update(new)
+
+
+def _are_finite(gradients: Gradients) -> bool:
+    return all(_square(gradient) < float("inf") for gradient in gradients if gradient is not None)
 
 
 def _agree(first: Gradients, second: Gradients) -> bool:
@@ -194,9 +200,11 @@ def _agree(first: Gradients, second: Gradients) -> bool:
 def _are_close(first: Tensor | None, second: Tensor | None) -> bool:
     if first is None or second is None:
         return first is second
-    size, distance = (float(total_of(squares_of([g]), g.device)) for g in (first, second - first))
-    # A gradient that is not finite says nothing, and is refused elsewhere.
-    return not size < float("inf") or distance <= _TOLERANCE**2 * size
+    return _square(second - first) <= _TOLERANCE**2 * _square(first)
+
+
+def _square(gradient: Tensor) -> float:
+    return float(total_of(squares_of([gradient]), gradient.device))
 
 
 def _overwrites(kinds: set[type]) -> str:

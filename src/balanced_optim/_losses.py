@@ -146,28 +146,30 @@ def _from_sequence(entries: tuple[Tensor | None, ...], names: tuple[str, ...] | 
 def _from_mapping(losses: Mapping[str, Tensor | None], names: tuple[str, ...] | None, named: bool) -> TaskLosses:
     if names is not None and not named:
         raise TypeError(
-            f"losses must be a sequence of {len(names)}, as in the first call, got a mapping with {list(losses)}; "
-            "keep to one form"
+            f"losses must be a sequence of {len(names)}, as in the first call, got a mapping with "
+            f"{list(losses.keys())}; keep to one form"
         )
+    # By its keys alone: a mapping may have a length, a truth value and an iteration of its own, as tensordict's has.
+    given = {name: losses[name] for name in losses.keys()}  # noqa: SIM118
     if names is None:
-        if len(losses) == 0:
+        if not given:
             raise ValueError(
                 "losses must hold at least one task, got an empty mapping; name all tasks in the first call "
                 "(None for an absent one) or in task_weights"
             )
-        for name in losses.keys():  # noqa: SIM118 - a mapping may iterate over something else, as tensordict does
+        for name in given:
             if not isinstance(name, str):
                 raise TypeError(f"losses must have task names of type str, got {name!r}")
-        names = tuple(losses.keys())
-    unknown = [name for name in losses.keys() if name not in names]  # noqa: SIM118
+        names = tuple(given)
+    unknown = [name for name in given if name not in names]
     if unknown:
         raise ValueError(
             f"losses names the unknown task {unknown[0]!r}; the tasks are {list(names)}, fixed by the first call "
             "or by task_weights: name them all there (None for one that the first batch lacks)"
         )
-    for name, loss in losses.items():
+    for name, loss in given.items():
         _check_loss(name, loss)
-    return TaskLosses(names, True, tuple(losses.get(name) for name in names))
+    return TaskLosses(names, True, tuple(given.get(name) for name in names))
 
 
 def _check_loss(name: str, loss: Tensor | None) -> None:
@@ -205,7 +207,7 @@ def read_samples(samples: Samples, batch: TaskLosses, *, may_be_zero: bool = Fal
         samples = samples.tolist()
     if isinstance(samples, Mapping):
         given: dict[str, object] = {name: samples.get(name, 1) for name in names}
-        unknown = [name for name in samples if name not in names]
+        unknown = [name for name in samples.keys() if name not in names]  # noqa: SIM118
         if unknown:
             raise ValueError(f"samples names the unknown task {unknown[0]!r}; the tasks are {list(names)}")
     elif isinstance(samples, Sequence) and not isinstance(samples, str):

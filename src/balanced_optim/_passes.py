@@ -22,7 +22,8 @@ Take = Callable[..., Gradients]
 
 # How to compile for several backward passes over one graph.
 REMEDY = (
-    "put these two lines before the first call of the compiled model:\n"
+    "put these lines before the first call of the compiled model:\n"
+    "    import torch._functorch.config\n"
     "    torch._functorch.config.donated_buffer = False\n"
     '    torch.compiler.config.cache_key_tag = "retained graphs"\n'
     "and, if it ran a backward pass in this process before, torch.compiler.reset() after them"

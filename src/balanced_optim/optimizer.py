@@ -318,7 +318,7 @@ class DualBalancedOptimizer(Optimizer):
         """Forget averages, counts, norms, micro-batches and names that the constructor did not fix.
 
         For a change of the tasks, or of shared parameters: replaced or resized ones are taken as they are now, at their
-        places in `param_groups`. With a process group all ranks call it.
+        places in `param_groups`. With a process group all ranks call it. A CUDA graph has to be captured anew.
         """
         _checkpoint.reset(self._parts, self.base_optim)
 
