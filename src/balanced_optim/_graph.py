@@ -77,22 +77,26 @@ def unverified(losses: Sequence[Tensor | None]) -> list[set[type]]:
 
 
 class _Seen:
-    """Every Function class when they were last looked at, how many there were, and whether one is to be checked."""
+    """The classes that others derive Functions from, how many derive from them, and whether one is to be checked."""
 
-    classes: list[type] = [torch.autograd.Function]
+    bases: list[type] = [torch.autograd.Function]
     number = -1
     foreign = False
 
 
 def _anything_foreign() -> bool:
-    number = sum(map(len, map(type.__subclasses__, _Seen.classes))) + len(_verified)
-    if number != _Seen.number:
+    if _number_of_classes() != _Seen.number:
         found: list[type] = [torch.autograd.Function]
         for kind in found:
             found.extend(kind.__subclasses__())
-        _Seen.classes, _Seen.number = found, len(found) - 1 + len(_verified)
-        _Seen.foreign = any(map(_is_foreign, found[1:]))
+        # Nobody derives from what is torch's own.
+        _Seen.bases = [found[0], *(kind for kind in found[1:] if not kind.__module__.startswith("torch."))]
+        _Seen.number, _Seen.foreign = _number_of_classes(), any(map(_is_foreign, found[1:]))
     return _Seen.foreign
+
+
+def _number_of_classes() -> int:
+    return sum(map(len, map(type.__subclasses__, _Seen.bases))) + len(_verified)
 
 
 def _to_check(loss: Tensor | None) -> set[type]:
@@ -116,7 +120,15 @@ def _is_foreign(function: type) -> bool:
     """Whether a Function is to be checked: not one of torch's own, which may communicate and keep what they saved."""
     function = _origin(function)
     own = function.__module__.startswith("torch.") and function.__module__ not in (_VMAP, _CUSTOM_OP)
+    own = own or (function.__module__ == _CUSTOM_OP and not _is_written_by_others(function))
     return not own and not getattr(function, NOISY, False) and getattr(function, "_backward_cls", None) not in _verified
+
+
+def _is_written_by_others(function: type) -> bool:
+    """Whether the class that torch made of a custom operator calls a backward that is not torch's own, or none."""
+    info = inspect.getclosurevars(function.backward).nonlocals.get("info")  # type: ignore[attr-defined]
+    written = getattr(info, "_backward_fn", None)
+    return written is not None and not written.__module__.startswith("torch.")
 
 
 def _origin(function: type) -> type:

@@ -158,7 +158,7 @@ def with_joint_earlier(
 
 def note(step: Step, known: Averages) -> None:
     """Keep the latest norm of every task, and how many steps ago each was measured."""
-    counted = step.norms.isfinite()
+    counted = step.norms == step.norms
     known.norms.copy_(torch.where(counted, step.norms, known.norms))
     # A device is not asked which tasks it took.
     took = [True] * len(known.tasks) if on_device(counted.device) else counted.tolist()

@@ -214,7 +214,8 @@ def laid_out_like(parameter: Tensor, gradient: Tensor) -> Tensor:
 
 def count(step: Step, known: Averages) -> None:
     """Move the counts of tasks and batches; in place, so that a captured graph goes on."""
-    counted = step.norms.isfinite()
+    # NaN is what differs from itself.
+    counted = step.norms == step.norms
     known.batches.add_(counted.any())
     if step.measured:
         known.counts.add_(counted)

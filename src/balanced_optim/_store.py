@@ -31,6 +31,8 @@ from ._numbers import (
 from ._passes import Gradients, Pass
 from ._rule import Terms
 
+# On a CPU rows up to this length are added by one product; longer ones row by row, which their memory is faster for.
+_AT_ONCE = 1 << 19
 # A Gram matrix is built in pieces of this many elements, which stay in a CPU's cache.
 _GRAM_PIECE = 1 << 18
 # Parameters start at multiples of this many elements, so that vectorised kernels find them aligned.
@@ -180,16 +182,19 @@ class _Segment:
 
     def weighted_sum(self, weights: Tensor) -> Tensor:
         """``sum_t w_t * row_t`` in fresh memory of float32 or wider."""
-        dtype = accumulation_dtype(self.block.dtype)
+        dtype, waits_for_nobody = accumulation_dtype(self.block.dtype), on_device(self.block.device)
         weights = weights.to(self.block.device, dtype)
-        if self.block.dtype == dtype:
+        if self.block.dtype == dtype and (waits_for_nobody or self.block.shape[1] <= _AT_ONCE):
             # The caller may be under autocast, which would multiply in half precision.
             with torch.autocast(weights.device.type, enabled=False):
                 return torch.mv(self.block.t(), weights)
-        out = torch.zeros_like(self.rows[0], dtype=dtype)
-        for row, weight in zip(self.rows, weights.unbind(), strict=True):
-            out.addcmul_(row.to(dtype), weight)
-        return out
+        out = torch.zeros_like(self.rows[0], dtype=dtype) if waits_for_nobody else None
+        for row, weight in zip(self.rows, weights.unbind() if out is not None else weights.tolist(), strict=True):
+            if isinstance(weight, Tensor):
+                out = out.addcmul_(row.to(dtype), weight)  # type: ignore[union-attr]
+            else:
+                out = torch.mul(row.to(dtype), weight) if out is None else out.add_(row, alpha=weight)
+        return out  # type: ignore[return-value]
 
 
 def _average_where(row: Tensor, gradient: Tensor | None, keep: Tensor, gain: Tensor, ok: Tensor) -> None:
