@@ -105,7 +105,7 @@ ONE_KIND_OF_LOSS: dict[bool, dict[str, str]] = {
 }
 """Methods that are another one where all losses have a natural unit, or none has."""
 
-DEFAULT_METHODS = ["ew", "log_only", "max_norm_only", "db_mtl", "fade_solved", "one_backward"]
+DEFAULT_METHODS = ["ew", "log_only", "max_norm_only", "db_mtl", "rms_beta_0", "fade_solved", "one_backward"]
 """The methods that `benchmarks.compare` runs unless others are named."""
 
 
