@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,30 +29,7 @@ from ._members import Members, measured_of, shared_of
 from ._processes import Processes, check_process_group
 from ._rule import Balance, Rule
 from ._state import Pending, State
-
-
-def _of_base(name: str) -> property:
-    """A live property onto an attribute of the wrapped optimizer, which replaces it when it loads its state."""
-
-    def get(self: DualBalancedOptimizer) -> Any:
-        return getattr(self.base_optim, name)
-
-    def put(self: DualBalancedOptimizer, value: Any) -> None:
-        setattr(self.base_optim, name, value)
-
-    return property(get, put, doc=f"`{name}` of the wrapped optimizer.")
-
-
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-def _untraced(method: Method) -> Method:
-    """Left out of what torch.compile traces, as torch's own optimizers are.
-
-    The public torch.compiler.disable would import the compiler together with this module, which takes seconds.
-    """
-    disable = getattr(torch, "_disable_dynamo", None)
-    return method if disable is None else disable(method)
+from ._wrapping import of_base, run_hooks, untraced
 
 
 class DualBalancedOptimizer(Optimizer):
@@ -102,23 +79,21 @@ class DualBalancedOptimizer(Optimizer):
             task's norm is 0 there (behind a zero-initialised layer) the log alone acts on it.
         refresh_every: with `norm_params`: measure norms anew when a task of the batch has one that is m steps old.
         aggregator: takes the place of `norm_target`: a callable from the matrix of the averaged gradients of the tasks
-            that count, shape (T, n), to the combined gradient, shape (n,), such as TorchJD's aggregators; with beta=0
-            from the gradients themselves. Columns are the shared parameters that train, in the order given, each
-            flattened. `task_weights` multiply the rows. What it remembers you save yourself, as with a scaler. Memory:
-            3 T * n scalars. Not with `norm_params`, `max_weight`, `fade_solved` or FSDP2.
+            that count, shape (T, n), to the combined gradient, shape (n,), such as TorchJD's aggregators. Columns are
+            the shared parameters that train, in the order given, each flattened; `task_weights` multiply the rows. What
+            it remembers you save yourself. Memory: 3 T * n scalars. Not with `norm_params`, `max_weight`, `fade_solved`
+            or FSDP2.
         ema_dtype: dtype of the averages; None takes float32, or float64 for float64 parameters.
             torch.bfloat16 halves their memory; sums and norms are still taken in float32.
-        nonfinite: what to do with a loss that is not finite (or <= -eps under the log) or a gradient that is
-            not finite: "raise" an error, "skip" the batch, or "ignore": leave that task out of this batch as
-            if it were absent. In every mode no average takes a non-finite value. With `norm_params`, "ignore"
-            drops the whole shared gradient of a batch where only the joint backward is not finite. On a GPU "ignore"
-            asks nothing of the device, so that a step can be captured in a CUDA graph: the heads of a task left out
-            get zeros instead of no gradient.
+        nonfinite: what to do with a loss that is not finite (or <= -eps under the log) or a gradient that is not:
+            "raise" an error, "skip" the batch, or "ignore" the task, as if it were absent. No average ever takes a
+            non-finite value. With `norm_params` "ignore" drops the shared gradient of a batch where only the joint
+            backward is not finite. On a GPU "ignore" asks nothing of the device (heads of a task left out get zeros),
+            so that a step can be captured in a CUDA graph.
         process_group: the ranks that a batch is split over, e.g. ``torch.distributed.group.WORLD``. Every rank passes
-            the losses of its part; the step is that of one process on the whole batch: the gradient of the log of the
-            MEAN loss, with means weighted by `samples`. Parameters are replicated (plain, or in a
-            DistributedDataParallel, called as usual), or sharded by FSDP2's `fully_shard`. All ranks make the same
-            calls; a bad loss or an error on one is an error on all that names the rank. Sends 2 T * n scalars a step
+            the losses of its part; the step is that of one process on the whole batch, means weighted by `samples`.
+            Parameters are replicated (plain, or in a DistributedDataParallel, called as usual), or sharded by FSDP2's
+            `fully_shard`. All ranks make the same calls; an error on one is one on all. Sends 2 T * n scalars a step
             (times (R - 1) / R); with `norm_params` 2 n, and 2 T times the subset where norms are measured.
 
     Raises:
@@ -134,9 +109,9 @@ class DualBalancedOptimizer(Optimizer):
         torch.Size([2])
     """
 
-    param_groups = _of_base("param_groups")
-    state = _of_base("state")
-    defaults = _of_base("defaults")
+    param_groups = of_base("param_groups")
+    state = of_base("state")
+    defaults = of_base("defaults")
 
     def __init__(
         self,
@@ -189,7 +164,7 @@ class DualBalancedOptimizer(Optimizer):
         # Optimizer.__init__ would make param groups of its own; __setstate__ makes the hook tables only.
         super().__setstate__({})
 
-    @_untraced
+    @untraced
     def step(  # type: ignore[override]
         self,
         losses: Losses | Callable[[], Any] | None = None,
@@ -231,30 +206,27 @@ class DualBalancedOptimizer(Optimizer):
                 raise TypeError(text) from error
         return losses if closure is not None else None
 
-    @_untraced
+    @untraced
     @torch.no_grad()
     def backward(self, losses: Losses, scaler: Any = None, *, samples: Samples = 1) -> None:
         """Fill `.grad` from the task losses, in place of ``sum(losses).backward()``; then clip and `step()`.
 
-        As with `.backward()`, gradients are added to a `.grad` that is there, and the graph is freed: in the exact
-        form by the last task, which leaves what only other tasks use (their heads, or their own forward pass) to
-        go with the losses; `del losses` before the next forward saves that memory. Parameters outside the wrapped
-        optimizer accumulate as with `.backward()`, in the exact form also from a batch that is refused.
+        As with `.backward()`, gradients are added to a `.grad` that is there, and the graph is freed, but for what only
+        single tasks use, which goes with the losses: `del losses` before the next forward saves that memory. Parameters
+        outside the wrapped optimizer accumulate, in the exact form also from a batch that is refused.
 
-        A batch that is refused, or fails in a hook, leaves parameters, `.grad`, counts and micro-batches as they were.
-        A bad loss moves no average either. Under a bad gradient the averages of tasks before the bad one may have taken
-        the batch in (holding back all T gradients would double the memory); with a scaler, an aggregator, beta=0 or
-        one task none has.
+        A batch that is refused leaves parameters, `.grad`, counts and micro-batches as they were. A bad loss moves no
+        average either. Under a bad gradient averages of tasks before the bad one may have taken the batch in (holding
+        back all T gradients would double the memory); with a scaler, an aggregator, beta=0 or one task none has.
 
         Args:
             losses: one scalar for each task: a sequence (None = task absent from this batch), a mapping from
                 task name to loss (missing key or None = absent), or a 1-D tensor. The first call fixes the
                 number of tasks and their names.
             scaler: a `torch.amp.GradScaler`. Then `.grad` comes out scaled, for ``scaler.unscale_(optimizer)``,
-                ``scaler.step(optimizer)`` and ``scaler.update()``; averages are kept unscaled. Pass raw losses,
-                not ``scaler.scale(loss)``. A gradient that is not finite, in any task or head, leaves everything
-                as it was and one `.grad` at inf: the scaler skips the step and lowers its scale. For that all T
-                gradients are held back until the last: memory for T * n scalars more.
+                ``scaler.step(optimizer)`` and ``scaler.update()``; averages are kept unscaled. Pass raw losses. A
+                gradient that is not finite leaves everything as it was and one `.grad` at inf: the scaler skips the
+                step and lowers its scale. All T gradients are held back for that: memory for T * n scalars more.
             samples: see `accumulate`.
 
         Raises:
@@ -264,7 +236,7 @@ class DualBalancedOptimizer(Optimizer):
         """
         backward(self._parts, self.base_optim, losses, scaler, samples)
 
-    @_untraced
+    @untraced
     @torch.no_grad()
     def accumulate(self, losses: Losses, scaler: Any = None, *, samples: Samples = 1) -> None:
         """Take in one micro-batch; the next `backward(losses)` or `step(losses)` completes the batch.
@@ -278,11 +250,10 @@ class DualBalancedOptimizer(Optimizer):
         Args:
             losses: see `backward`.
             scaler: see `backward`; the same one in all micro-batches of a batch.
-            samples: of how many samples (tokens, pixels: whatever the loss is a mean over) these losses are the
-                mean: one number, or one for each task as a sequence, mapping or tensor. Only ratios between the
-                micro-batches and ranks of one batch matter, so leave it out where all are of one size. Not read for
-                a task whose loss is None. With a `process_group` it may be 0: that loss takes part in the passes, as
-                FSDP2 needs on every rank, and counts nothing.
+            samples: of how many samples (tokens, pixels) these losses are the mean: one number, or one a task as a
+                sequence, mapping or tensor. Only ratios within a batch matter, so leave it out where all are of one
+                size. With a `process_group` it may be 0: that loss takes part in the passes, as FSDP2 needs on every
+                rank, and counts nothing.
 
         Raises:
             TypeError, ValueError: see `backward`; the micro-batches before this one stay. A failure in the middle of
@@ -308,11 +279,11 @@ class DualBalancedOptimizer(Optimizer):
         return dict(zip(state.tasks, state.task_weights, strict=True))
 
     @task_weights.setter
-    @_untraced
+    @untraced
     def task_weights(self, value: Sequence[float] | Mapping[str, float] | None) -> None:
         _checkpoint.change_weights(self._parts, value)
 
-    @_untraced
+    @untraced
     @torch.no_grad()
     def reset_averages(self) -> None:
         """Forget averages, counts, norms, micro-batches and names that the constructor did not fix.
@@ -322,7 +293,7 @@ class DualBalancedOptimizer(Optimizer):
         """
         _checkpoint.reset(self._parts, self.base_optim)
 
-    @_untraced
+    @untraced
     @torch.no_grad()
     def gradient_cosines(self) -> Tensor:
         """Cosines between the averaged gradients of all tasks, shape (T, T): below 0 where tasks pull apart.
@@ -344,31 +315,29 @@ class DualBalancedOptimizer(Optimizer):
 
     # ------------------------------------------------- torch.optim's contract
 
-    @_untraced
+    @untraced
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear `.grad` of every parameter of the wrapped optimizer, and drop micro-batches that await completion."""
         self._parts.pending.clear()
         self.base_optim.zero_grad(set_to_none=set_to_none)
 
-    @_untraced
+    @untraced
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the wrapped optimizer. Its parameters count as heads, but for shared ones that were frozen."""
         self.base_optim.add_param_group(param_group)
 
-    @_untraced
+    @untraced
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state dict with the averages, counts, task names and schedule added.
 
         The averages are views of the buffer, as torch's own entries are: save or deepcopy before the next step.
         """
-        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
-            pre_hook(self)
-        merged = _checkpoint.saved_state(self._parts, self.base_optim)
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            merged = post_hook(self, merged) or merged
+        run_hooks(self._optimizer_state_dict_pre_hooks, self)
+        own = _checkpoint.saved_state(self._parts, self.base_optim)
+        merged: dict[str, Any] = run_hooks(self._optimizer_state_dict_post_hooks, self, own)
         return merged
 
-    @_untraced
+    @untraced
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a saved state, bit for bit; nothing changes if it does not fit.
@@ -380,11 +349,9 @@ class DualBalancedOptimizer(Optimizer):
         Raises:
             ValueError: other tasks, other shapes, or an unknown version.
         """
-        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = pre_hook(self, state_dict) or state_dict
+        state_dict = run_hooks(self._optimizer_load_state_dict_pre_hooks, self, state_dict)
         _checkpoint.load_state(self._parts, self.base_optim, state_dict)
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+        run_hooks(self._optimizer_load_state_dict_post_hooks, self)
 
     def __getattr__(self, name: str) -> Any:
         # What loops call on an optimizer and the base has: public methods that torch.optim.Optimizer lacks.
