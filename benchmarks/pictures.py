@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
 import torch
@@ -15,24 +14,14 @@ from torch import Tensor
 from benchmarks.data.problem import Task
 from benchmarks.study.metrics import Spread
 from benchmarks.study.training import Curves
+from benchmarks.style import COLORS
+from benchmarks.style import STYLE as COMMON
 
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#d55e00", "#56b4e9")
 BAR_GAIN, BAR_LOSS = "#8db9d6", "#e6b594"
 POINTS = 50
 """Points in a curve: each is the mean over a fiftieth of the training."""
 
-STYLE: dict[Any, Any] = {
-    "font.size": 11,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "grid.color": "#e5e5e5",
-    "figure.constrained_layout.wspace": 0.06,
-    "legend.frameon": False,
-    "savefig.dpi": 150,
-    "savefig.bbox": "tight",
-}
+STYLE = COMMON | {"savefig.dpi": 150}
 
 
 def save_delta_p(path: Path, gains: Mapping[str, Spread]) -> None:

@@ -10,7 +10,7 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from benchmarks.cost.style import COLORS, STYLE
+from benchmarks.style import COLORS, STYLE
 
 BLACK = "#000000"
 DRAWN = {

@@ -9,7 +9,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from benchmarks.cost.style import COLORS, STYLE
+from benchmarks.style import COLORS, STYLE
 
 LABELS = {
     "plain_sum": "plain sum",

@@ -163,8 +163,7 @@ def needs_more(text: str, base_optim: Optimizer) -> str | None:
         return f"base_optim must step without a closure, but {name} needs one ({text}); use a first-order optimizer"
     if any(word in text for word in ("create_graph", "does not require grad", "grad_fn", "hessian", "Hessian")):
         return (
-            f"base_optim must step on plain gradients, but {name} differentiates them again ({text}); "
-            "balanced gradients "
-            "have no graph; use a first-order optimizer"
+            f"base_optim must step on plain gradients, but {name} differentiates them again ({text}); balanced "
+            "gradients have no graph; use a first-order optimizer"
         )
     return None

@@ -103,12 +103,8 @@ def take_backward(
         retain_graph: keep the graph for another pass.
         inputs: stop at these: on a trunk's last layer the pass never enters the layers before.
     """
-    try:
+    with remedied(names):
         torch.autograd.backward(losses, starts_of(losses, cotangents), retain_graph=retain_graph, inputs=inputs)
-    except RuntimeError as error:
-        if (text := remedy_for(str(error), names)) is None:
-            raise
-        raise RuntimeError(text) from error
     found = pop_gradients(parameters)
     if inputs is not None and not {p for p, g in zip(parameters, found, strict=True) if g is not None} <= set(inputs):
         raise RuntimeError(hidden_part(names))
@@ -127,15 +123,10 @@ def take_grad(
     """The same by `torch.autograd.grad`: only `parameters` get gradients, and no hook on a `.grad` runs."""
     wanted = parameters if inputs is None else inputs
     kept = [parameter for parameter in wanted if parameter.requires_grad]
-    gradients: Sequence[Tensor | None] = ()
-    try:
-        gradients = torch.autograd.grad(
+    with remedied(names):
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
             losses, kept, starts_of(losses, cotangents), retain_graph=retain_graph, allow_unused=True
         )
-    except RuntimeError as error:
-        if (text := remedy_for(str(error), names)) is None:
-            raise
-        raise RuntimeError(text) from error
     if any(gradient is not None for gradient in pop_gradients(parameters)):
         raise RuntimeError(hidden_part(names))
     found = dict(zip(kept, gradients, strict=True))
@@ -145,12 +136,21 @@ def take_grad(
 def hidden_part(names: Sequence[str]) -> str:
     """The message for a loss that runs a backward pass of its own inside of ours."""
     return (
-        f"the loss of task {' and '.join(map(repr, names))} must reach parameters through its graph, but a "
-        "hook in it runs "
-        "a backward pass of its own, whose part would be lost with norm_params or process_group; compute the "
-        "loss without "
-        "it (no cached or chunked backward inside), or use the exact form in one process"
+        f"the loss of task {' and '.join(map(repr, names))} must reach parameters through its graph, but a hook in "
+        "it runs a backward pass of its own, whose part would be lost with norm_params or process_group; compute "
+        "the loss without it (no cached or chunked backward inside), or use the exact form in one process"
     )
+
+
+@contextmanager
+def remedied(names: Sequence[str]) -> Iterator[None]:
+    """Say with an error of a backward pass what to do about it, where that is known."""
+    try:
+        yield
+    except RuntimeError as error:
+        if (text := remedy_for(str(error), names)) is None:
+            raise
+        raise RuntimeError(text) from error
 
 
 def remedy_for(text: str, names: Sequence[str]) -> str | None:
@@ -158,10 +158,9 @@ def remedy_for(text: str, names: Sequence[str]) -> str | None:
     tasks = " and ".join(map(repr, names))
     if "backward through the graph a second time" in text:
         return (
-            f"the graph of task {tasks} is gone: step() and backward() need losses that no backward pass has used yet; "
-            "drop any loss.backward() before them and compute the losses anew for every step; a state "
-            "carried over from "
-            "an earlier batch (a recurrent network's) needs state.detach()"
+            f"the graph of task {tasks} is gone: step() and backward() need losses that no backward pass has used "
+            "yet; drop any loss.backward() before them and compute the losses anew for every step; a state carried "
+            "over from an earlier batch (a recurrent network's) needs state.detach()"
         )
     if "donated buffers" in text:
         return f"a compiled region was compiled for one backward pass a graph, but balancing needs one a task; {REMEDY}"

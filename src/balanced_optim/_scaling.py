@@ -88,12 +88,10 @@ def check_unscaled(batch: TaskLosses, scaler: Any, logs: Sequence[bool]) -> None
         mantissa, exponent = math.frexp(value)
         if value == scaler.get_scale() if scaler is not None else mantissa == 0.5 and exponent > 8:
             raise ValueError(
-                f"loss of task {name!r} must be unscaled, got the product of a loss and {value:g}, as a "
-                "GradScaler's scale "
-                "makes it, which the log transform would cancel; pass the raw losses and the scaler: "
-                "optimizer.backward(losses, scaler=scaler), then scaler.step(optimizer) and scaler.update(); "
-                "a weight of "
-                "your own goes into task_weights"
+                f"loss of task {name!r} must be unscaled, got the product of a loss and {value:g}, as a GradScaler's "
+                "scale makes it, which the log transform would cancel; pass the raw losses and the scaler: "
+                "optimizer.backward(losses, scaler=scaler), then scaler.step(optimizer) and scaler.update(); a "
+                "weight of your own goes into task_weights"
             )
 
 

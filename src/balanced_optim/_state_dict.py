@@ -174,7 +174,6 @@ def check_fits(saved: Saved, state: State, parameters: Sequence[Tensor]) -> None
             if row.shape != parameters[position].shape:
                 raise ValueError(
                     f"{_EMA}{task} of averaged parameter {position} must have shape "
-                    f"{tuple(parameters[position].shape)}, got {tuple(row.shape)}; the checkpoint is of "
-                    "another network "
-                    "or another list of shared_params"
+                    f"{tuple(parameters[position].shape)}, got {tuple(row.shape)}; the checkpoint is of another "
+                    "network or another list of shared_params"
                 )

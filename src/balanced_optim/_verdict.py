@@ -67,11 +67,9 @@ def bad_loss(parts: Parts, batch: Batch, given: Given) -> ValueError | None:
                 say_once(
                     parts.pending,
                     f"negative {names[task]}",
-                    f"the loss of task {names[task]!r} is {value}, below -eps, so that its logarithm does not "
-                    "exist and "
-                    "nonfinite='skip' leaves the batch out, as it will every such batch; for a loss that can "
-                    "be negative "
-                    f"pass log_transform={{{names[task]!r}: False}}",
+                    f"the loss of task {names[task]!r} is {value}, below -eps, so that its logarithm does not exist "
+                    "and nonfinite='skip' leaves the batch out, as it will every such batch; for a loss that can be "
+                    f"negative pass log_transform={{{names[task]!r}: False}}",
                 )
             return ValueError(describe_bad_loss(names[task], value, rule.eps, logs[task], rank))
     return None
@@ -93,11 +91,9 @@ def versions_of(parameters: Sequence[Tensor]) -> list[int]:
 def stepped(name: str) -> str:
     """The message for a hook that updates parameters inside a pass."""
     return (
-        f"a hook changed shared parameters inside the backward pass of task {name!r} (an optimizer fused into "
-        "the backward?): "
-        "balancing makes one pass a task, so they would be updated once a task, by unbalanced gradients; "
-        "they have moved "
-        "once already; take the hook away and give these parameters to base_optim"
+        f"a hook changed shared parameters inside the backward pass of task {name!r} (an optimizer fused into the "
+        "backward?): balancing makes one pass a task, so they would be updated once a task, by unbalanced "
+        "gradients; they have moved once already; take the hook away and give these parameters to base_optim"
     )
 
 
@@ -109,11 +105,9 @@ def reaches_nothing(name: str, joint: bool, hint: str) -> str:
             "choose some that every task depends on, e.g. norm_params=trunk[-1].parameters()"
         )
     return (
-        f"task {name!r} reaches no shared parameter: its loss does not depend on shared_params, or a hook "
-        "took their .grad "
-        "inside the pass; leave it out of the losses (add its own .backward()), correct shared_params, or "
-        "take the hook "
-        f"away{hint}"
+        f"task {name!r} reaches no shared parameter: its loss does not depend on shared_params, or a hook took their "
+        ".grad inside the pass; leave it out of the losses (add its own .backward()), correct shared_params, or "
+        f"take the hook away{hint}"
     )
 
 

@@ -1,4 +1,4 @@
-"""How the pictures of this folder look."""
+"""How the pictures look."""
 
 from typing import Any
 
