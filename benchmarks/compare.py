@@ -16,13 +16,14 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from benchmarks.command_line import RESULTS, positive_int, with_capital
+from benchmarks.command_line import RESULTS, positive_int, usable_device, with_capital
 from benchmarks.data.all import DATA
 from benchmarks.data.problem import DataSet, Task
-from benchmarks.environment import describe_environment
+from benchmarks.environment import describe_device, describe_environment
 from benchmarks.pictures import save_delta_p, save_training
 from benchmarks.study.jobs import make_problem, problem_of
 from benchmarks.study.methods import DEFAULT_METHODS, METHODS, SINGLE_TASK
@@ -50,7 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     data: DataSet = DATA[options.data]
     methods = [SINGLE_TASK, *options.methods]
     runs = measure(options, methods, console)
-    summary = summarize(runs, data.tasks)
+    summary = summarize(runs, data.tasks, timed=options.device.type != "cpu")
     environment = describe_environment() | {
         "problem": data.title,
         "steps": options.steps,
@@ -58,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "learning_rate": data.learning_rate,
         "schedule": "cosine",
         "seeds": list(range(options.seeds)),
+        "device": describe_device(options.device),
         "seconds": round(time.perf_counter() - start, 1),
     }
     write_summary(options.out / "summary.json", summary, environment)
@@ -125,9 +127,14 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--processes",
         type=positive_int,
-        default=2,
         metavar="N",
-        help="runs at the same time, a thread each (default: 2)",
+        help="runs at the same time, a thread each (default: 2; 1 on a GPU, where steps are timed)",
+    )
+    parser.add_argument(
+        "--device",
+        type=usable_device,
+        default=torch.device("cpu"),
+        help="where networks are trained (default: cpu); on a GPU the table has milliseconds a step too",
     )
     parser.add_argument(
         "--quick",
@@ -136,6 +143,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     options.steps = options.steps or (QUICK_STEPS if options.quick else DATA[options.data].steps)
+    options.processes = options.processes or (2 if options.device.type == "cpu" else 1)
     options.seeds = options.seeds or (QUICK_SEEDS if options.quick else FULL_SEEDS)
     options.out = options.out or RESULTS / _folder(options.data, options.quick)
     options.methods = [name for name in METHODS if name in options.methods]
@@ -159,7 +167,7 @@ def measure(options: argparse.Namespace, methods: Sequence[str], console: Consol
     """Train and score every method with every seed, behind a progress bar."""
     plan = [(seed, name) for seed in range(options.seeds) for name in methods]
     tasks = len(DATA[options.data].tasks)
-    run = partial(train_one, data=options.data, path=options.data_path, steps=options.steps)
+    run = partial(train_one, data=options.data, path=options.data_path, steps=options.steps, device=options.device)
     done: dict[tuple[int, str], Run] = {}
     columns = (
         TextColumn("{task.description}"),
@@ -177,11 +185,11 @@ def measure(options: argparse.Namespace, methods: Sequence[str], console: Consol
     return {name: [done[seed, name] for seed in range(options.seeds)] for name in methods}
 
 
-def train_one(item: tuple[int, str], *, data: str, path: Path | None, steps: int) -> bytes:
+def train_one(item: tuple[int, str], *, data: str, path: Path | None, steps: int, device: torch.device) -> bytes:
     """Train by a method with a seed, and return the run as bytes: tensors that travel as such share memory."""
     seed, name = item
-    run = run_method(name, problem_of(data, path, seed), Training(steps, DATA[data].learning_rate, seed))
-    return pickle.dumps(run)
+    training = Training(steps, DATA[data].learning_rate, seed, device=device)
+    return pickle.dumps(run_method(name, problem_of(data, path, seed), training))
 
 
 def draw(out: Path, summary: dict[str, MethodSummary], runs: Runs, tasks: Sequence[Task]) -> None:

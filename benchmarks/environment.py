@@ -21,6 +21,11 @@ def describe_environment() -> dict[str, str | int]:
     return environment
 
 
+def describe_device(device: torch.device) -> str:
+    """Return the name of a GPU, and the kind of any other device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _commit() -> str:
     """Return the short commit hash, marked where files differ from it; empty without git."""
     try:

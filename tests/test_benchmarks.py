@@ -19,6 +19,8 @@ from benchmarks.data.digits import TASKS, load_images, overlay, two_digits
 from benchmarks.data.problem import Metric, Task
 from benchmarks.study.methods import DEFAULT_METHODS
 from benchmarks.study.metrics import Spread, delta_p
+from benchmarks.study.summary import make_table, summarize, write_summary
+from benchmarks.study.training import Run
 
 
 @pytest.fixture(autouse=True)
@@ -33,6 +35,7 @@ def test_compare_writes_every_method_with_its_spread(tmp_path, capsys):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert {*summary["methods"]} == {"stl", *DEFAULT_METHODS}
     assert summary["environment"]["torch"] == torch.__version__
+    assert summary["environment"]["device"] == "cpu"
     for name, method in summary["methods"].items():
         metrics = {task: list(metrics) for task, metrics in method["tasks"].items()}
         assert metrics == {"left": ["accuracy"], "right": ["accuracy"], "reconstruction": ["MSE"]}
@@ -47,12 +50,40 @@ def test_compare_writes_every_method_with_its_spread(tmp_path, capsys):
     assert "the protocol of the study with 2 seeds of 3 steps; the study has 5 seeds of 1000 steps" in printed
 
 
+@pytest.mark.parametrize("timed", [True, False])
+def test_a_summary_has_times_where_they_were_taken(timed, tmp_path):
+    scores = {task.name: dict.fromkeys((metric.name for metric in task.metrics), 0.5) for task in TASKS}
+    runs = {"stl": [Run(scores, scores)] * 2, "ew": [Run(scores, scores, seconds=s) for s in (0.001, 0.003)]}
+    summary = summarize(runs, TASKS, timed=timed)
+    write_summary(tmp_path / "summary.json", summary, {})
+    written = json.loads((tmp_path / "summary.json").read_text())["methods"]
+    assert "milliseconds" not in written["stl"]
+    assert written["ew"].get("milliseconds", {}).get("mean") == (pytest.approx(2.0) if timed else None)
+    table = make_table(summary, TASKS, "")
+    assert [list(column.cells) for column in table.columns if "ms" in str(column.header)] == (
+        [["", "2.00±1.41"]] if timed else []
+    )
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_compare_on_a_gpu_says_how_long_a_step_takes(tmp_path, capsys):
+    arguments = ["--steps", "3", "--seeds", "2", "--methods", "ew", "db_mtl", "--device", "cuda"]
+    compare.main([*arguments, "--out", str(tmp_path)])
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["environment"]["device"] == torch.cuda.get_device_name()
+    timed = [method["milliseconds"]["seeds"] for name, method in summary["methods"].items() if name != "stl"]
+    assert all(len(seeds) == 2 and min(seeds) > 0 for seeds in timed)
+    assert "ms" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--methods", "nothing"], "invalid choice: 'nothing'"),
         (["--steps", "0"], "must be a whole number of at least 1, got '0'"),
         (["--seeds", "x"], "must be a whole number of at least 1, got 'x'"),
+        (["--device", "cuda:99"], "'cuda:99' cannot be used"),
+        (["--device", "nowhere"], "'nowhere' cannot be used"),
     ],
 )
 def test_compare_refuses_bad_arguments(arguments, message, capsys):

@@ -32,6 +32,7 @@ from benchmarks.study.training import CANDIDATES, Check, Training, best_check, c
 
 # ------------------------------------------------------------------ a data set of three lines
 
+CPU = torch.device("cpu")
 TINY_TASKS = (
     Task("sign", F.cross_entropy, (Metric("accuracy", True, accuracy), Metric("loss", False, F.cross_entropy)), True),
     Task("sum", F.mse_loss, (Metric("MSE", False, F.mse_loss),)),
@@ -403,10 +404,10 @@ def test_a_set_is_scored_by_parts_as_in_one_piece(monkeypatch):
     torch.manual_seed(0)
     model, batch = tiny_model(), tiny_batch(10, 0)
     own = Batch(dict.fromkeys(("sign", "sum"), batch.inputs), batch.targets)
-    whole = evaluate(model, batch, TINY_TASKS, torch.device("cpu"))
+    whole = evaluate(model, batch, TINY_TASKS, CPU)
     monkeypatch.setattr(training, "ROWS_AT_ONCE", 3)
     for given in (batch, own):
-        scores = evaluate(model, given, TINY_TASKS, torch.device("cpu"))
+        scores = evaluate(model, given, TINY_TASKS, CPU)
         assert {task: pytest.approx(metrics) for task, metrics in whole.items()} == scores
 
 
@@ -541,7 +542,7 @@ def test_a_failed_run_is_recorded_and_does_not_stop_the_others(tmp_path, counted
 
 
 def test_a_diverged_training_is_a_failed_run_not_a_number(tmp_path):
-    record, course = run_job(Job("tiny", "hard", "ew", "sgd", "cosine", 50, 1e6, 0), Workplace(None, "cpu", tmp_path))
+    record, course = run_job(Job("tiny", "hard", "ew", "sgd", "cosine", 50, 1e6, 0), Workplace(None, CPU, tmp_path))
     assert "the training diverged" in record["failed"]
     assert "scores" not in record
     assert course is None
@@ -557,7 +558,7 @@ def test_methods_that_cannot_run_are_left_out_with_a_word(tmp_path, monkeypatch,
 
 def test_the_lines_of_a_run_hold_all_that_reports_need(tmp_path):
     job = Job("tiny", "hard", "db_mtl", "sgd", "cosine", 450, 0.001, 3)
-    assert list(run_all([job], Workplace(None, "cpu", tmp_path, curves=True), processes=1)) == [(job, "")]
+    assert list(run_all([job], Workplace(None, CPU, tmp_path, curves=True), processes=1)) == [(job, "")]
     (record,) = load_runs(tmp_path)
     assert record["id"] == job.id == "tiny__hard__db_mtl__sgd__cosine__450__0.001__3"
     assert record["job"] == vars(job)
@@ -588,7 +589,7 @@ def test_the_lines_of_a_run_hold_all_that_reports_need(tmp_path):
 def test_runs_in_worker_processes_are_those_of_this_process(tmp_path):
     job = Job("digits", "hard", "ew", "adam", "cosine", 2, 0.001, 0)
     for processes in (1, 2):
-        place = Workplace(None, "cpu", tmp_path / str(processes))
+        place = Workplace(None, CPU, tmp_path / str(processes))
         assert list(run_all([job], place, processes)) == [(job, "")]
     one, other = (load_runs(tmp_path / str(processes))[0] for processes in (1, 2))
     assert one["scores"] == other["scores"]
@@ -797,7 +798,7 @@ def folder_of_all_runs(tmp_path_factory):
         planned = [job for chosen in STUDIES.values() for job in jobs_of(chosen, Choices("tiny", seeds=1, steps=4))]
         slow = {prefix + name for name in AGGREGATORS if name != "pcgrad" for prefix in ("", "log_")}
         runs = [job for job in planned if job.method not in slow and not methods.unavailable(job.method)]
-        place = Workplace(None, "cpu", folder / "tiny", curves=True)
+        place = Workplace(None, CPU, folder / "tiny", curves=True)
         results = list(run_all(unfinished(runs, place), place, processes=1))
     assert len(results) == len({*runs})
     return folder

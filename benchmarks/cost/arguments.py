@@ -1,16 +1,9 @@
-"""Types of command line arguments."""
+"""The type of a command line argument."""
 
 import argparse
 from collections.abc import Collection
 
 from benchmarks.cost.trunks import TINY, TRUNKS
-
-
-def positive_int(text: str) -> int:
-    """Check a count; an argparse type."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
-    return int(text)
 
 
 def trunk_name(text: str, more: Collection[str] = ()) -> str:

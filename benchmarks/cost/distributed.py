@@ -33,13 +33,12 @@ from rich.console import Console
 from rich.table import Table
 from torch.multiprocessing.spawn import spawn
 
-from benchmarks.cost.arguments import positive_int, trunk_name
+from benchmarks.command_line import RESULTS, positive_int
+from benchmarks.cost.arguments import trunk_name
 from benchmarks.cost.distributed_costs import EXPECTED_FORMS, EXPECTED_RANKS, describe_expectations
 from benchmarks.cost.distributed_ranks import Options, loopback_bytes, measure
 from benchmarks.cost.distributed_steps import BALANCED, COUNTED, DIGITS, FORMS
 from benchmarks.cost.hardware import describe_hardware
-
-RESULTS = Path(__file__).parents[1] / "results"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -19,14 +19,14 @@ from typing import Any
 
 import torch
 
-from benchmarks.cost.arguments import positive_int, trunk_name
+from benchmarks.command_line import RESULTS, positive_int
+from benchmarks.cost.arguments import trunk_name
 from benchmarks.cost.contestants import CONTESTANTS, able
 from benchmarks.cost.gpu_report import run_report
 from benchmarks.cost.hardware import describe_hardware
 from benchmarks.cost.memory import Peak, measure_memory
 from benchmarks.cost.timing import Cell, race
 
-RESULTS = Path(__file__).parents[1] / "results"
 CPU_TRUNKS = ["small_mlp", "wide_mlp", "resnet18", "transformer", "many_small"]
 GPU_TRUNKS = ["small_mlp", "wide_mlp_67m", "resnet50", "transformer_85m", "many_small"]
 

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from benchmarks.command_line import RESULTS, positive_int, with_capital
+from benchmarks.command_line import RESULTS, positive_int, usable_device, with_capital
 from benchmarks.data.all import DATA
 from benchmarks.data.problem import DataSet, Task
 from benchmarks.study.files import Record, load_runs
@@ -116,7 +115,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="runs at the same time, a thread each (default: 2); times of a step are best taken with 1",
     )
-    parser.add_argument("--device", default="cpu", help="where networks are trained (default: cpu)")
+    parser.add_argument("--device", type=usable_device, default="cpu", help="where networks are trained (default: cpu)")
     parser.add_argument("--retry-failed", action="store_true", help="repeat runs that have failed")
     parser.add_argument("--quick", action="store_true", help=f"{QUICK_STEPS} steps and one seed; figures mean little")
     parser.add_argument(
@@ -150,10 +149,6 @@ def _prepare_to_run(parser: argparse.ArgumentParser, options: argparse.Namespace
     """Fill in what a run needs, and refuse what no run can work with."""
     options.steps = options.steps or (QUICK_STEPS if options.quick else DATA[options.data].steps)
     options.seeds = options.seeds or (QUICK_SEEDS if options.quick else SEEDS)
-    try:
-        torch.empty(1, device=options.device)
-    except (RuntimeError, AssertionError) as error:
-        parser.error(f"argument --device: {options.device!r} cannot be used: {error}")
     try:
         make_problem(options.data, options.data_path)
     except ValueError as error:

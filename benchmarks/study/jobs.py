@@ -13,7 +13,7 @@ from torch import Tensor
 from balanced_optim import __version__ as library_version
 from benchmarks.data.all import DATA
 from benchmarks.data.problem import MakeProblem, Problem
-from benchmarks.environment import describe_environment
+from benchmarks.environment import describe_device, describe_environment
 from benchmarks.study.files import CURVES, RUNS, Record, append, finished
 from benchmarks.study.probe import Window
 from benchmarks.study.processes import each
@@ -38,14 +38,18 @@ class Workplace:
     """Where runs are made: the data's path, the device, the folder of the files, and whether curves are kept."""
 
     data_path: Path | None
-    device: str
+    device: torch.device
     folder: Path
     curves: bool = False
 
 
 def run_job(job: Job, place: Workplace) -> tuple[Record, Record | None]:
     """Train and score; return the lines for both files. A run that fails or diverges says so under `failed`."""
-    record: Record = {"id": job.id, "job": asdict(job), "environment": _environment() | {"device": place.device}}
+    record: Record = {
+        "id": job.id,
+        "job": asdict(job),
+        "environment": _environment() | {"device": describe_device(place.device)},
+    }
     training = Training(
         job.steps,
         job.learning_rate,
@@ -53,7 +57,7 @@ def run_job(job: Job, place: Workplace) -> tuple[Record, Record | None]:
         job.optimizer,
         job.schedule,
         job.architecture,
-        torch.device(place.device),
+        place.device,
         probe=place.curves,
     )
     try:
