@@ -193,6 +193,21 @@ def test_a_task_that_is_left_out_is_like_an_absent_one(form, where):
     assert optimizer.last_balance.weights[1] == 0
 
 
+@pytest.mark.parametrize("value", [math.nan, -1.0])
+@pytest.mark.parametrize("options", [{}, {"fade_solved": True}, {"task_weights": [1.0, 0.0, 1.0]}])
+def test_a_bad_loss_gives_its_head_nothing_where_norms_are_reused(options, value):
+    net, optimizer = build("refreshed", **options)
+    optimizer.step(net.losses(0))
+    optimizer.zero_grad()
+    losses = net.losses(1)
+    with nothing_is_read():
+        optimizer.backward([losses[0], with_value(losses[1], value), losses[2]])
+    one, other, _ = net.heads
+    assert all(parameter.grad.isfinite().all() for parameter in net.parameters())
+    assert not any(parameter.grad.any() for parameter in other.parameters())
+    assert all(parameter.grad.any() for parameter in [*one.parameters(), *net.trunk.parameters()])
+
+
 # ------------------------------------------------- devices without double precision
 
 

@@ -108,6 +108,8 @@ CASES = [
     (setting, (1, 3, 8)[i % 3], list(SUBSETS)[i // 3 % 3], list(BASES)[i % 2], torch.float64)
     for i, setting in enumerate(SETTINGS)
 ]
+# Heads of a task of weight 0 train all the same, where norms are reused too.
+CASES += [({"task_weights": [0.5, 2.0, 0.0]}, 3, "last layer", "adam", torch.float64)]
 CASES += [(*case[:4], torch.float32) for case in CASES[1::3]]
 
 
@@ -168,6 +170,7 @@ KINDS = [
     "several inputs",
     "partly shared",
     "head of two tasks",
+    "routed",
     "outside",
     "tied",
     "batch norm",
@@ -177,7 +180,7 @@ KINDS = [
 ]
 
 
-@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("every", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_graph_agrees_with_the_oracle(kind, every):
     """Gradients are added to those there before: `.grad` is cleared in every other step only.
@@ -205,7 +208,8 @@ def test_any_graph_agrees_with_the_oracle(kind, every):
     assert_near(net.state_dict(), slow.state_dict(), 1e-9, "last")
     assert net.batch_norm.num_batches_tracked == (6 if kind == "batch norm" else 0)
     assert (net.outside.grad is not None) == (kind == "outside")
-    assert all((p.grad is not None) == (kind == "head of two tasks") for p in net.pair.parameters())
+    paired = kind in ("head of two tasks", "routed")
+    assert all((p.grad is not None) == paired for p in net.pair.parameters())
 
 
 @pytest.mark.parametrize("done", [0, 2, 3], ids=["first", "reuse", "refresh"])
@@ -296,6 +300,28 @@ def test_a_layer_below_the_subset_is_passed_once_a_step(every):
             assert passes == {"below": TASKS, "subset": TASKS}
         else:
             assert passes == {"below": 1, "subset": TASKS + 1 if seed % every == 0 else 1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "expected"),
+    [
+        ("plain", {}, 1),
+        ("plain", {"task_weights": [1.0, 0.0, 2.0]}, 2),
+        ("head of two tasks", {}, 2),
+    ],
+)
+def test_a_reused_norm_needs_one_pass_where_every_head_has_a_task_of_its_own(kind, options, expected, monkeypatch):
+    """Else a short one before it, for the heads of several tasks, or of one whose weight is 0."""
+    net, optimizer = build(kind, refresh_every=4, **options)
+    passes, backward = [], torch.autograd.backward
+    monkeypatch.setattr(torch.autograd, "backward", lambda *a, **k: (passes.append(k["inputs"]), backward(*a, **k)))
+    counts = []
+    for seed in range(5):
+        optimizer.zero_grad()
+        optimizer.step(net.losses(seed))
+        counts.append(len(passes))
+        passes.clear()
+    assert counts == [TASKS + 1, expected, expected, expected, TASKS + 1]
 
 
 def test_a_new_task_makes_the_step_a_measured_one():

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from ._batch import Given, Parts, meet
 from ._capture import check_capture
-from ._graph import check_replay, outside_of
+from ._graph import check_replay, outside_of, reach_of
 from ._losses import Losses, Samples, describe_bad_loss
 from ._meeting import Alone, Ranks
 from ._members import Layout
@@ -36,9 +36,9 @@ def accumulate(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any,
         before.losses = before.losses.to(torch.promote_types(before.losses.dtype, given.values.dtype))
         # A failure in the middle of the passes ends the batch: half a micro-batch must not go into the next one.
         parts.pending.micro_batches = None
-        outside = outside_of(given.losses.given, layout.parameters) if ranks.outside_get_gradients else []
+        outside = outside_of(reach_of(given.losses.losses), layout.parameters) if ranks.outside_get_gradients else []
         with set_aside([*layout.parameters, *outside]), _settled(ranks):
-            _add_passes(before, ranks, layout.with_heads(outside), given)
+            _add_passes(before, ranks, layout.with_outside(outside), given)
     finally:
         ranks.reset()
     parts.pending.micro_batches = before

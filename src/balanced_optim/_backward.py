@@ -6,7 +6,7 @@ read -> (meeting of the ranks) -> batch -> source -> stages -> form -> verdict -
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Any
 
@@ -17,11 +17,12 @@ from torch.optim import Optimizer
 from ._aggregator import aggregated_step, check_aggregator
 from ._batch import Given, Parts, device_of, make_batch, meet
 from ._capture import check_capture, check_replayed, is_capturing
-from ._graph import check_replay, outside_of
+from ._graph import check_replay, outside_of, reach_of
 from ._losses import Losses, Samples
 from ._meeting import Alone
 from ._members import Layout
 from ._micro_batches import Means, MicroBatches, with_earlier
+from ._numbers import on_device
 from ._one_backward import is_measured, joint_pass, note, one_backward_step, with_joint_earlier
 from ._passes import Passes, set_aside
 from ._rule import Balance
@@ -50,8 +51,9 @@ def backward(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, s
     try:
         given = meet(parts, layout, ranks, "backward()", losses, scaler, samples)
         earlier: MicroBatches | None = parts.pending.micro_batches
-        if (parts.members.joint or earlier is not None) and ranks.outside_get_gradients:
-            layout = layout.with_heads(outside_of(given.losses.given, layout.parameters))
+        reach = reach_of(given.losses.losses) if parts.members.joint or earlier is not None else {}
+        outside = outside_of(reach, layout.parameters) if ranks.outside_get_gradients else []
+        layout = layout.with_outside(outside) if outside else layout
         warn_of_outside(parts, given, layout, ranks)
         batch, mean = make_batch(parts, layout, ranks, given)
         held = None if given.scale is None else Held(batch.terms, ranks, device_of(layout))
@@ -63,7 +65,7 @@ def backward(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, s
         try:
             if error is None:
                 with set_aside(layout.wanted):
-                    step = _step(parts, batch, mean, ranks, given, held)
+                    step = _step(parts, batch, mean, ranks, given, held, reach)
                 error = verdict(parts, batch, step, given, held)
             if error is None and step is not None:
                 new = gradients_of(step, layout, parts.state.reached)
@@ -109,7 +111,15 @@ def _undo(parts: Parts, kept: list[list[Tensor]] | None) -> None:
         known.norms.copy_(torch.where(known.counts > 0, known.store.load_norms(), 0.0))
 
 
-def _step(parts: Parts, batch: Batch, mean: Means, ranks: Alone, given: Given, held: Held | None) -> Step:
+def _step(
+    parts: Parts,
+    batch: Batch,
+    mean: Means,
+    ranks: Alone,
+    given: Given,
+    held: Held | None,
+    reach: Mapping[Tensor, int | None],
+) -> Step:
     """The form of the step, with the stages that this call needs. Nothing but the store is touched."""
     settings, layout, joint = parts.settings, batch.layout, parts.members.joint
     earlier = parts.pending.micro_batches
@@ -129,7 +139,11 @@ def _step(parts: Parts, batch: Batch, mean: Means, ranks: Alone, given: Given, h
         return staged(_reaching(passes, parts, batch, ranks), batch.running, layout.averaged)
 
     def joint_passes(weights: Tensor, counted: list[int], with_heads: bool) -> Passes:
-        passes = joint_pass(batch, ranks.take, weights, counted, with_heads)
+        # Passes that send messages must be the same on all ranks, whatever their graphs.
+        several = ranks.reduces_in_passes
+        heads = dict.fromkeys(layout.heads) if several else {p: reach[p] for p in layout.heads if p in reach}
+        positive = _positive(parts, weights, counted)
+        passes = joint_pass(batch, ranks.take, weights, counted, heads if with_heads else {}, positive)
         passes = _checked(passes, parts, batch, ranks, given) if with_heads else passes
         passes = passes if given.scale is None else unscaled(passes, given.scale)
         if earlier is not None and mean.earlier is not None:
@@ -144,6 +158,15 @@ def _step(parts: Parts, batch: Batch, mean: Means, ranks: Alone, given: Given, h
         if settings.aggregator is not None:
             return aggregated_step(passes, batch, settings.aggregator, ranks)
         return exact_step(passes, batch, settings.rule, ranks.close)
+
+
+def _positive(parts: Parts, weights: Tensor, counted: list[int]) -> set[int]:
+    """The tasks whose weight is above 0 where they count, without asking a device."""
+    if not on_device(weights.device):
+        numbers = weights.tolist()
+        return {task for task in counted if numbers[task] > 0}
+    priorities = parts.state.task_weights or [1.0] * len(weights)
+    return set() if parts.settings.rule.fade_solved else {task for task in counted if priorities[task] > 0}
 
 
 def _checked(passes: Passes, parts: Parts, batch: Batch, ranks: Alone, given: Given) -> Passes:

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from ._aggregator import Aggregator
 from ._capture import is_capturing
 from ._cuda_store import DeviceRows, DeviceSum, is_chosen
-from ._graph import outside_of, unverified
+from ._graph import outside_of, reach_of, unverified
 from ._losses import Losses, Samples, TaskLosses, read_losses, read_samples
 from ._meeting import Alone, Ranks, Totals
 from ._members import Layout, Members, are_same
@@ -139,7 +139,7 @@ def _refuse_hidden(parts: Parts, layout: Layout, batch: TaskLosses) -> None:
     """Once for each task: with ranks a pass asks for parameters only, so that hooks on other leaves would not run."""
     new = {name: loss for name, loss in zip(batch.names, batch.losses, strict=True) if loss is not None}
     new = {name: loss for name, loss in new.items() if f"hidden {name}" not in parts.pending.said}
-    outside = outside_of(list(new.values()), layout.parameters)
+    outside = outside_of(reach_of(list(new.values())), layout.parameters)
     if outside:
         starts = [torch.ones_like(loss, requires_grad=False) for loss in new.values()]
         with set_aside(layout.parameters):

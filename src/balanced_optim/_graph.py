@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from weakref import WeakSet
 
 import torch
@@ -41,10 +41,37 @@ def nodes_of(losses: Sequence[Tensor]) -> list[Node]:
     return nodes
 
 
-def leaves_of(losses: Sequence[Tensor], nodes: Sequence[Node] | None = None) -> list[Tensor]:
-    """Every leaf that a backward pass from `losses` would give a gradient to, in no particular order."""
-    found = [leaf for node in (nodes_of(losses) if nodes is None else nodes) if (leaf := leaf_of(node)) is not None]
-    return found + [loss for loss in losses if loss.grad_fn is None]
+def reach_of(losses: Sequence[Tensor | None]) -> dict[Tensor, int | None]:
+    """Every leaf that a backward pass from `losses` gives a gradient to: the task that alone reaches it, or None.
+
+    None for a leaf of several tasks. A node is looked at twice at most.
+    """
+    owners: dict[Node, int | None] = {}
+    ends: list[Node] = []
+    found: dict[Tensor, int | None] = {}
+    for task, loss in enumerate(losses):
+        if loss is None:
+            continue
+        if loss.grad_fn is None:
+            found[loss] = None if loss in found else task
+            continue
+        to_visit = [loss.grad_fn]
+        while to_visit:
+            node = to_visit.pop()
+            owner = owners.get(node, -1)
+            if owner is None or owner == task:
+                continue
+            owners[node] = task if owner == -1 else None
+            edges = node.next_functions
+            for following, _ in edges:
+                if following is not None:
+                    to_visit.append(following)
+            if owner == -1 and not edges:
+                ends.append(node)
+    for node in ends:
+        if (leaf := leaf_of(node)) is not None:
+            found[leaf] = None if leaf in found else owners[node]
+    return found
 
 
 def leaf_of(node: Node) -> Tensor | None:
@@ -56,10 +83,10 @@ def leaf_of(node: Node) -> Tensor | None:
 _ACCUMULATES = "torch::autograd::AccumulateGrad"
 
 
-def outside_of(losses: Sequence[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
-    """Leaves of the graph that are not among `parameters`."""
-    known = set(parameters)
-    return [leaf for leaf in leaves_of(losses) if leaf not in known]
+def outside_of(leaves: Iterable[Tensor], parameters: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves of a graph that are not among `parameters`."""
+    known = {*map(id, parameters)}
+    return [leaf for leaf in leaves if id(leaf) not in known]
 
 
 def unverified(losses: Sequence[Tensor | None]) -> list[set[type]]:
@@ -181,7 +208,7 @@ def check_replay(
         if loss is None or not replay:
             continue
         new = _to_check(loss)
-        everything = list(dict.fromkeys([*parameters, *leaves_of([loss])]))
+        everything = list(dict.fromkeys([*parameters, *reach_of([loss])]))
 
         def gradients(factor: int, loss: Tensor = loss, start: Tensor = start, name: str = name) -> Gradients:
             return take([loss], [factor * start], [name], everything, retain_graph=True)  # noqa: B023

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import is_
 
 import torch
@@ -30,7 +30,8 @@ class Layout:
         parameters: all of the wrapped optimizer.
         shared: the shared ones among them that train, or have trained.
         averaged: those of `shared` that have averages: all of them, or those of `norm_params`.
-        heads: all others.
+        heads: all others, and last `outside`.
+        outside: leaves of the graph that are not in the optimizer.
         wanted: all that a pass may fill, each once: first the averaged ones, last the heads.
     """
 
@@ -38,16 +39,17 @@ class Layout:
     shared: list[Tensor]
     averaged: list[Tensor]
     heads: list[Tensor]
+    outside: list[Tensor]
     wanted: list[Tensor]
 
     @classmethod
     def of(cls, parameters: list[Tensor], shared: list[Tensor], averaged: list[Tensor], heads: list[Tensor]) -> Layout:
         """With `wanted` put together."""
-        return cls(parameters, shared, averaged, heads, [*dict.fromkeys([*averaged, *shared]), *heads])
+        return cls(parameters, shared, averaged, heads, [], [*dict.fromkeys([*averaged, *shared]), *heads])
 
-    def with_heads(self, more: list[Tensor]) -> Layout:
+    def with_outside(self, leaves: list[Tensor]) -> Layout:
         """The same with leaves of the graph that are not in the optimizer."""
-        return Layout.of(self.parameters, self.shared, self.averaged, [*self.heads, *more])
+        return replace(self, heads=[*self.heads, *leaves], outside=leaves, wanted=[*self.wanted, *leaves])
 
 
 @dataclass(slots=True)

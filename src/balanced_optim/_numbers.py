@@ -12,6 +12,8 @@ from torch import Tensor
 
 # A CPU sums squares in pieces of this many elements: in one go over 1e8 elements float32 is 1 % off.
 _PIECE = 1 << 19
+# Up to this many elements it is cheaper on a CPU to copy tensors into one than to look at each.
+_SMALL = 1 << 12
 
 # What a CPU knows at once is a Python number, what another device computes a scalar tensor that nobody waits for.
 Scalar = float | Tensor
@@ -75,14 +77,17 @@ def squares_of(gradients: Iterable[Tensor]) -> list[Scalar]:
     alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     found: list[Scalar] = []
     for gradient in gradients:
-        values = gradient if gradient.layout is torch.strided else gradient.coalesce().values()
-        if on_device(values.device):
-            alike.setdefault((values.device, values.dtype), []).append(real(values))
+        values = real(gradient if gradient.layout is torch.strided else gradient.coalesce().values())
+        if values.numel() <= _SMALL or on_device(values.device):
+            alike.setdefault((values.device, values.dtype), []).append(values)
         else:
-            found.append(square_of(real(values)))
-    for (_, dtype), together in alike.items():
-        norms = torch._foreach_norm(together, dtype=accumulation_dtype(dtype))
-        found.append(torch.stack(norms).square().sum())
+            found.append(square_of(values))
+    for (device, dtype), together in alike.items():
+        if on_device(device):
+            norms = torch._foreach_norm(together, dtype=accumulation_dtype(dtype))
+            found.append(torch.stack(norms).square().sum())
+        else:
+            found.append(square_of(torch.cat([values.reshape(-1) for values in together])))
     return found
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from ._micro_batches import MicroBatches, added, sum_of
 from ._numbers import Flag, dense, on_device
-from ._passes import Gradients, Pass, Passes, Take
+from ._passes import Pass, Passes, Take
 from ._rule import Rule
 from ._state import Averages
 from ._step import Batch, Close, Step, add_rest, apart, by_parameter
@@ -91,51 +91,56 @@ def _counted(batch: Batch, norms: Tensor) -> list[int]:
     return [task for task in batch.running if not math.isnan(sizes[task])]
 
 
-def joint_pass(batch: Batch, take: Take, weights: Tensor, counted: Sequence[int], with_heads: bool) -> Passes:
-    """The source of the joint pass: first the heads, each by its own log-loss, then what is shared, by weight.
+def joint_pass(
+    batch: Batch,
+    take: Take,
+    weights: Tensor,
+    counted: Sequence[int],
+    heads: Mapping[Tensor, int | None],
+    positive: set[int],
+) -> Passes:
+    """The source of the joint pass from ``w_t / (loss_t + eps)``; heads get their tasks' own log-losses.
+
+    A head that one task alone reaches gets its gradient in the same pass, divided by w_t after. Any other, of several
+    tasks or of one whose weight may be 0, needs a short pass before.
 
     Args:
         batch: its facts.
         take: how a pass is made.
         weights: w_t, (T,).
         counted: the tasks that count.
-        with_heads: False where the short passes have brought the heads' gradients.
+        heads: what this pass has to bring beside the shared parameters: the one task that reaches it, or None.
+        positive: tasks whose weight is known to be above 0, wherever they count.
     """
     layout = batch.layout
     here = [task for task in counted if batch.losses.losses[task] is not None]
-    rest: Gradients = []
-    if with_heads:
-        # Not a product with 0: the start of a bad loss may be NaN.
-        starts = batch.starts.masked_fill(~batch.starts.isfinite(), 0.0)
-        rest = _joint(batch, take, here, starts, layout.heads, retain_graph=True)
+    own = {head: task for head, task in heads.items() if task in positive}
+    others = [head for head in heads if head not in own]
+    # Not a product with 0: the start of a bad loss may be NaN.
+    usable = torch.as_tensor(batch.terms.usable, device=weights.device)
+    rest = _joint(batch, take, here, batch.starts.masked_fill(~usable, 0.0), others, retain_graph=True)
     starts = (batch.starts * weights).masked_fill(~(weights > 0), 0.0)
     # Leaves outside the optimizer are asked for as well: a hook there may run a backward pass into what is shared.
-    known = set(layout.parameters)
-    wanted = [*layout.shared, *(leaf for leaf in layout.heads if leaf not in known)]
+    wanted = [*layout.shared, *own, *(leaf for leaf in layout.outside if leaf not in own)]
     found = _joint(batch, take, here, starts, wanted, retain_graph=False)
-    yield Pass(-1, found[: len(layout.shared)], by_parameter(layout.heads, rest))
+    divisors = weights.masked_fill(~(weights > 0), 1.0).unbind()
+    rest.update((p, found[p] / divisors[task].to(p.device)) for p, task in own.items() if p in found)
+    yield Pass(-1, [found.get(parameter) for parameter in layout.shared], rest)
 
 
 def _joint(
-    batch: Batch,
-    take: Take,
-    tasks: Sequence[int],
-    starts: Tensor,
-    wanted: Sequence[Tensor],
-    *,
-    retain_graph: bool,
-) -> Gradients:
-    """One pass from several losses to some of the parameters."""
+    batch: Batch, take: Take, tasks: Sequence[int], starts: Tensor, wanted: Sequence[Tensor], *, retain_graph: bool
+) -> dict[Tensor, Tensor]:
+    """One pass from several losses to some of the parameters: the gradients that are there, of these alone."""
     inputs = [parameter for parameter in wanted if parameter.requires_grad]
     if not inputs or not tasks:
-        return [None] * len(wanted)
+        return {}
     losses, names = [batch.losses.loss(task) for task in tasks], [batch.losses.names[task] for task in tasks]
     everything, each = [*batch.layout.shared, *batch.layout.heads], starts.unbind()
-    found = by_parameter(
-        everything,
-        take(losses, [each[task] for task in tasks], names, everything, retain_graph=retain_graph, inputs=inputs),
-    )
-    return [found.get(parameter) for parameter in wanted]
+    cotangents = [each[task] for task in tasks]
+    gradients = take(losses, cotangents, names, everything, retain_graph=retain_graph, inputs=inputs)
+    found = by_parameter(everything, gradients)
+    return {parameter: found[parameter] for parameter in inputs if parameter in found}
 
 
 def with_joint_earlier(

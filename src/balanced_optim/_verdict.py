@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._batch import Given, Parts, logged_of
-from ._graph import outside_of
+from ._graph import outside_of, reach_of
 from ._losses import describe_bad_loss
 from ._meeting import Alone, Ranks
 from ._members import Layout
@@ -144,7 +144,7 @@ def warn_of_outside(parts: Parts, given: Given, layout: Layout, ranks: Alone) ->
     if not isinstance(ranks, Ranks) or ranks.reduces_in_passes or "outside" in parts.pending.said:
         return
     parts.pending.said.add("outside")
-    outside = outside_of(given.losses.given, layout.parameters)
+    outside = outside_of(reach_of(given.losses.losses), layout.parameters)
     held = [leaf for leaf in outside if isinstance(leaf, torch.nn.Parameter)]
     if held:
         say_once(
