@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import BadGradient, one_thread  # noqa: F401
-from conftest import assert_same
+from conftest import assert_same, header_of
 from devices import grad_scaler
 from modes import device_path, nothing_comes_from_the_host, nothing_is_read
 from networks import Net
@@ -187,6 +187,45 @@ def test_what_is_loaded_or_set_goes_where_it_was(form):
     assert known.task_weights.tolist() == [3.0, 2.0, 1.0]
 
 
+@every_form
+def test_a_graph_goes_on_from_zero_after_a_reset(form):
+    """What it writes to is used by the next batch, and what it has counted since is saved."""
+    net, optimizer = build(form)
+    for seed in range(3):
+        optimizer.step(net.losses(seed))
+    known = optimizer._parts.state.averages
+    optimizer.reset_averages()
+    assert header_of(optimizer)["counts"] == []
+    assert not known.counts.any()
+    if known.store.keeps_rows:
+        assert not any(row.any() for rows in known.store.averages() for row in rows)
+    # As a replay does it.
+    known.counts.add_(1)
+    known.batches.add_(1)
+    assert header_of(optimizer)["counts"] == [1, 1, 1]
+    optimizer.step(net.losses(3))
+    assert optimizer._parts.state.averages.counts is known.counts
+    assert header_of(optimizer)["counts"] == known.counts.tolist() == [2, 2, 2]
+    assert header_of(optimizer)["batches"] == int(known.batches) == 2
+
+
+def test_what_was_forgotten_does_not_hold_the_next_batch_back():
+    net, optimizer = build()
+    optimizer.step(net.losses(0))
+    known = optimizer._parts.state.averages
+    optimizer.reset_averages()
+    optimizer.task_weights = [3.0, 2.0, 1.0]
+    assert known.task_weights.tolist() == [3.0, 2.0, 1.0]
+    optimizer.task_weights = [2.0, 1.0]
+    optimizer.step({"one": net.losses(1)[0], "two": net.losses(1)[1]})
+    assert optimizer._parts.state.averages.task_weights.tolist() == [2.0, 1.0]
+    optimizer.reset_averages()
+    net.double()
+    optimizer.step([loss.double() for loss in net.losses(2)[:2]])
+    rows = optimizer._parts.state.averages.store.averages()
+    assert all(row.dtype == torch.float64 for each in rows for row in each)
+
+
 # ------------------------------------------------- graphs; on a GPU
 
 needs_cuda = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -313,6 +352,18 @@ class TestGraphs:
             for seed in range(3, 9):
                 run.step(seed)
                 run.optimizer.step()
+        final = [copy.deepcopy([run.net.state_dict(), run.optimizer.state_dict()]) for run in (captured, eager)]
+        assert_same(*final)
+
+    @pytest.mark.parametrize("form", ["exact", "beta 0", "warm-up", "one backward"])
+    def test_a_captured_run_goes_on_from_zero_after_a_reset(self, form, on_cuda):
+        captured, eager = Captured(form), Eager(form)
+        for run in (captured, eager):
+            for seed in range(4):
+                run.step(seed)
+            run.optimizer.reset_averages()
+            for seed in range(4, 8):
+                run.step(seed)
         final = [copy.deepcopy([run.net.state_dict(), run.optimizer.state_dict()]) for run in (captured, eager)]
         assert_same(*final)
 

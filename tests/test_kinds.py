@@ -218,11 +218,23 @@ def test_a_loss_that_hides_a_part_of_its_graph_is_right_or_refused(form, visible
         return found
 
     expected = train(hides=False)
-    if FORMS[form](nn.Sequential(nn.Linear(1, 1))).get("norm_params") is None:
+    if form != "one backward":
         are_close(train(hides=True), expected)
         return
     with pytest.raises(RuntimeError, match="hook"):
         train(hides=True)
+
+
+@pytest.mark.parametrize("seen_by", [0, 1])
+def test_a_hidden_part_that_reaches_a_head_is_refused(seen_by):
+    """Where norms are reused it could not be told from what another task brings."""
+    trunk, heads, optimizer = build("refreshed")
+    both = nn.Sequential(trunk, heads[0])
+    x = data(0)
+    losses = [cached(both, x), losses_of(trunk, heads, x)[1]]
+    losses[seen_by] = losses[seen_by] + both(x).square().mean()
+    with pytest.raises(RuntimeError, match="hook"):
+        optimizer.backward(losses)
 
 
 @every_form

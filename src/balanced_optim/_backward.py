@@ -27,6 +27,7 @@ from ._one_backward import is_measured, joint_pass, note, one_backward_step, wit
 from ._passes import Passes, set_aside
 from ._rule import Balance
 from ._scaling import Held, scaled, unscaled
+from ._state import Averages
 from ._step import Batch, Step, count, exact_step, gradients_of, put, shaped, task_passes
 from ._verdict import (
     Overflow,
@@ -71,14 +72,14 @@ def backward(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any, s
                 new = gradients_of(step, layout, parts.state.reached)
                 new = shaped(new if given.scale is None else scaled(new, given.scale), ranks.wrap)
         except BaseException:
-            _undo(parts, kept)
+            _undo(parts, batch.known, kept)
             raise
     finally:
         ranks.reset()
     if error is None and step is not None:
         _commit(parts, batch, step, new, given)
         return
-    _undo(parts, kept)
+    _undo(parts, batch.known, kept)
     try:
         if error is not None and not isinstance(error, Overflow) and parts.settings.nonfinite == "raise":
             raise error
@@ -96,11 +97,10 @@ def _rows_before(parts: Parts, held: Held | None) -> list[list[Tensor]] | None:
     return [[row.clone() for row in rows] for rows in known.store.averages()]
 
 
-def _undo(parts: Parts, kept: list[list[Tensor]] | None) -> None:
+def _undo(parts: Parts, known: Averages, kept: list[list[Tensor]] | None) -> None:
     """Averages that this batch began go back to zero, those that were kept to what they were."""
-    known = parts.state.averages
     # What a capture has recorded was not done.
-    if known is None or not known.store.keeps_rows or is_capturing():
+    if not known.store.keeps_rows or is_capturing():
         return
     if kept is not None:
         known.store.load_averages(kept)
@@ -203,7 +203,7 @@ def _reaching(passes: Passes, parts: Parts, batch: Batch, ranks: Alone) -> Passe
 def _commit(parts: Parts, batch: Batch, step: Step, new: dict[Tensor, Tensor], given: Given) -> None:
     """Count the batch and set `.grad`; from here on the tasks are fixed."""
     state, pending, known = parts.state, parts.pending, batch.known
-    state.averages = known
+    state.averages, state.emptied = known, None
     if step.averages is not None and known.store.keeps_rows:
         rows = zip(known.store.averages(), step.averages, strict=True)
         known.store.load_averages([[fresh.get(t, row) for t, row in enumerate(old)] for old, fresh in rows])

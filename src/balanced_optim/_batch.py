@@ -24,7 +24,7 @@ from ._processes import ALONE, Processes
 from ._rule import Rule, Terms, schedule
 from ._running_sum import RunningSum
 from ._scaling import check_unscaled, scale_of
-from ._state import Averages, Pending, State, Store, new_averages
+from ._state import Averages, Pending, State, Store, fits, kinds_of, new_averages, set_weights
 from ._step import Batch
 from ._store import FlatGradientBuffer
 
@@ -52,6 +52,8 @@ class Parts:
 
     def layout(self, base_optim: Optimizer) -> Layout:
         """The parameters as they are now."""
+        if not is_capturing():
+            self.state.notice()
         layout = self.members.layout(base_optim)
         moved, known = self.members.replaced, self.state.averages
         if moved:
@@ -84,6 +86,11 @@ def averages_for(parts: Parts, names: tuple[str, ...], named: bool, layout: Layo
     """The averages as they are; new ones before the first batch; with more rows where a parameter was thawed."""
     known, state = parts.state.averages, parts.state
     if known is None:
+        emptied, state.emptied = state.emptied, None
+        if emptied is not None and len(emptied[0].tasks) == len(names) and fits(emptied[0], layout.averaged):
+            state.emptied = emptied
+            set_weights(emptied[0], state.task_weights)
+            return replace(emptied[0], tasks=names, named=named)
         store = new_store(parts, layout, ranks, len(names))
         return new_averages(names, named, store, list(layout.averaged), state.task_weights)
     if are_same(known.rows, layout.averaged):
@@ -92,7 +99,7 @@ def averages_for(parts: Parts, names: tuple[str, ...], named: bool, layout: Layo
     if store.keeps_rows and known.store.keeps_rows:
         old = dict(zip(known.rows, known.store.averages(), strict=True))
         store.load_averages([old.get(parameter, [None] * len(names)) for parameter in layout.averaged])
-    return replace(known, store=store, rows=list(layout.averaged))
+    return replace(known, store=store, rows=list(layout.averaged), kinds=kinds_of(layout.averaged))
 
 
 # ------------------------------------------------- what the caller hands in

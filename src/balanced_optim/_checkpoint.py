@@ -12,7 +12,7 @@ from ._batch import Parts, new_store
 from ._checks import check_schedule, read_task_weights
 from ._members import Layout, are_same
 from ._processes import ALONE
-from ._state import Averages, new_averages
+from ._state import Averages, empty, fits, new_averages, set_weights
 from ._state_dict import FROZEN, REACHED, SHARED, Saved, check_fits, merge, split
 
 
@@ -59,7 +59,7 @@ def load_state(parts: Parts, base_optim: Optimizer, state_dict: dict[str, Any]) 
     base, saved = split(state_dict, members.positions(), members.positions(measured=True))
     if saved is None:
         base_optim.load_state_dict(base)
-        start_anew(parts)
+        start_anew(parts, layout)
         return
     check_fits(saved, state, layout.parameters)
     header = saved.header
@@ -79,18 +79,20 @@ def load_state(parts: Parts, base_optim: Optimizer, state_dict: dict[str, Any]) 
     state.reached.clear()
     state.reached.update(layout.parameters[position] for position, role in saved.roles.items() if role == REACHED)
     if header["tasks"] is None or not header["counts"]:
-        state.averages = None
+        start_anew(parts, layout)
     else:
         _fill(_room(parts, saved, layout), header, own, parts)
 
 
 def _room(parts: Parts, saved: Saved, layout: Layout) -> Averages:
     """The averages to load into: those that are there, so that a captured graph goes on, or new ones."""
-    known, tasks = parts.state.averages, saved.header["tasks"]
+    state, tasks = parts.state, saved.header["tasks"]
+    known = state.averages if state.emptied is None else state.emptied[0]
     fits = known is not None and len(known.tasks) == len(tasks) and are_same(known.rows, layout.averaged)
     if known is None or not fits or known.store.keeps_rows != bool(saved.averages):
         store = new_store(parts, layout, parts.processes.over(layout), len(tasks))
-        known = parts.state.averages = new_averages(tasks, False, store, list(layout.averaged), None)
+        known = new_averages(tasks, False, store, list(layout.averaged), None)
+    state.averages, state.emptied = known, None
     known.tasks, known.named = tasks, bool(saved.header["named"])
     return known
 
@@ -109,31 +111,23 @@ def _fill(known: Averages, header: dict[str, Any], rows: dict[Tensor, list[Tenso
             known.norms.copy_(known.store.load_norms())
 
 
-def set_weights(known: Averages, weights: list[float] | None) -> None:
-    """Set the priorities in place."""
-    old = known.task_weights
-    old.copy_(torch.tensor(weights or [1.0] * len(known.tasks), dtype=old.dtype, device=old.device))
-
-
-def start_anew(parts: Parts) -> None:
+def start_anew(parts: Parts, layout: Layout) -> None:
     """Forget averages, counts, names that the constructor did not fix, and micro-batches."""
+    state = parts.state
     parts.pending.clear()
     parts.pending.balance = None
-    parts.state.reached.clear()
-    parts.state.averages = None
+    known = state.emptied if state.averages is None else (state.averages, set(state.reached))
+    state.averages = state.emptied = None
+    state.reached.clear()
+    if known is not None and fits(known[0], layout.averaged):
+        empty(known[0])
+        state.emptied = known
 
 
 def reset(parts: Parts, base_optim: Optimizer) -> None:
     """Forget, and take the shared parameters as they are now."""
     parts.members.start_anew(base_optim)
-    known = parts.state.averages
-    layout = parts.layout(base_optim)
-    if known is not None and are_same(known.rows, layout.averaged) and known.store.keeps_rows:
-        # In place, so that a captured graph starts anew too.
-        known.store.load_averages([[None] * len(known.tasks)] * len(known.rows))
-        for vector in (known.counts, known.batches, known.norms):
-            vector.zero_()
-    start_anew(parts)
+    start_anew(parts, parts.layout(base_optim))
 
 
 def change_weights(parts: Parts, task_weights: Any) -> None:
@@ -155,5 +149,6 @@ def change_weights(parts: Parts, task_weights: Any) -> None:
     if tasks is None and names is not None:
         state.names = names
     state.task_weights = weights
-    if state.averages is not None:
-        set_weights(state.averages, weights)
+    known = state.averages if state.emptied is None else state.emptied[0]
+    if known is not None and (weights is None or len(weights) == len(known.tasks)):
+        set_weights(known, weights)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +12,12 @@ import torch
 from torch import Tensor
 
 from ._cuda_store import DeviceRows, DeviceSum
+from ._members import are_same
 from ._rule import Balance
 from ._running_sum import RunningSum
 from ._store import FlatGradientBuffer
 
+Kind = tuple[torch.Size, torch.dtype, torch.device]
 Store = FlatGradientBuffer | RunningSum | DeviceRows | DeviceSum
 
 
@@ -27,6 +30,7 @@ class Averages:
         named: whether losses come as a mapping.
         store: the rows, or the running sum of beta = 0.
         rows: the parameters that the store's rows are of, in order.
+        kinds: what they were when the store was made.
         counts: for each task the batches that had it, shape (T,), int64.
         batches: how many batches had a task at all, int64.
         task_weights: priorities, shape (T,).
@@ -38,11 +42,22 @@ class Averages:
     named: bool
     store: Store
     rows: list[Tensor]
+    kinds: list[Kind]
     counts: Tensor
     batches: Tensor
     task_weights: Tensor
     ages: list[int]
     norms: Tensor
+
+
+def kinds_of(parameters: Sequence[Tensor]) -> list[Kind]:
+    """What a store depends on."""
+    return [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
+
+
+def fits(known: Averages, averaged: Sequence[Tensor]) -> bool:
+    """Whether these are the parameters that the store was made for, as they were then."""
+    return are_same(known.rows, averaged) and known.kinds == kinds_of(averaged)
 
 
 def new_averages(tasks: tuple[str, ...], named: bool, store: Store, rows: list[Tensor], weights: Any) -> Averages:
@@ -53,12 +68,28 @@ def new_averages(tasks: tuple[str, ...], named: bool, store: Store, rows: list[T
         named,
         store,
         rows,
+        kinds_of(rows),
         torch.zeros(number, dtype=torch.int64, device=device),
         torch.zeros((), dtype=torch.int64, device=device),
         torch.tensor(weights or [1.0] * number, dtype=store.norm_dtype, device=device),
         [0] * number,
         torch.zeros(number, dtype=store.norm_dtype, device=device),
     )
+
+
+def set_weights(known: Averages, weights: list[float] | None) -> None:
+    """Set the priorities in place."""
+    old = known.task_weights
+    old.copy_(torch.tensor(weights or [1.0] * len(known.tasks), dtype=old.dtype, device=old.device))
+
+
+def empty(known: Averages) -> None:
+    """Forget where everything lies."""
+    if known.store.keeps_rows:
+        known.store.load_averages([[None] * len(known.tasks)] * len(known.rows))
+    for vector in (known.counts, known.batches, known.norms):
+        vector.zero_()
+    known.ages[:] = [0] * len(known.ages)
 
 
 @dataclass(slots=True)
@@ -71,6 +102,8 @@ class State:
         task_weights: priorities as last given, or None.
         averages: None before the first batch.
         reached: shared parameters that a task ever reached.
+        emptied: averages that were forgotten where they lie, and what they had reached; None else. A captured graph
+            goes on in them, and so does the next batch outside of it if it has as many tasks.
     """
 
     beta: float
@@ -79,6 +112,14 @@ class State:
     task_weights: list[float] | None
     averages: Averages | None = None
     reached: set[Tensor] = field(default_factory=set)
+    emptied: tuple[Averages, set[Tensor]] | None = None
+
+    def notice(self) -> None:
+        """Take back what was emptied if a graph has counted batches there since; only then the device is read."""
+        if self.averages is None and self.emptied is not None and int(self.emptied[0].batches) > 0:
+            self.averages, reached = self.emptied
+            self.reached.update(reached)
+            self.emptied = None
 
     @property
     def tasks(self) -> tuple[str, ...] | None:

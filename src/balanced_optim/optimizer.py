@@ -289,7 +289,7 @@ class DualBalancedOptimizer(Optimizer):
         """Forget averages, counts, norms, micro-batches and names that the constructor did not fix.
 
         For a change of the tasks, or of shared parameters: replaced or resized ones are taken as they are now, at their
-        places in `param_groups`. With a process group all ranks call it. A CUDA graph has to be captured anew.
+        places in `param_groups`. With a process group all ranks call it. A captured CUDA graph goes on, from zero.
         """
         _checkpoint.reset(self._parts, self.base_optim)
 
@@ -305,6 +305,7 @@ class DualBalancedOptimizer(Optimizer):
         Raises:
             RuntimeError: there are no averages: before the first step, or at beta = 0 without `max_weight`.
         """
+        self._parts.state.notice()
         known = self._parts.state.averages
         if known is None or not known.store.keeps_rows:
             reason = "no step was taken yet" if known is None else "beta=0 keeps none; pass beta > 0"
