@@ -21,7 +21,11 @@ from hypothesis import HealthCheck, settings, stateful
 from modes import device_path, journal, kernels_are_not_watched, nothing_comes_from_the_host, nothing_is_read
 from networks import Net
 from oracle import Oracle
-from test_capture import test_what_is_loaded_or_set_goes_where_it_was  # noqa: F401
+from test_capture import (  # noqa: F401
+    test_a_graph_goes_on_from_zero_after_a_reset,
+    test_what_is_loaded_or_set_goes_where_it_was,
+    test_what_was_forgotten_does_not_hold_the_next_batch_back,
+)
 from test_state_machine import SEEN, Programs
 from torch.optim import SGD, Adam
 from torch.utils._python_dispatch import _disable_current_modes

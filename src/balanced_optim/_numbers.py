@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache
 from operator import attrgetter
 
@@ -112,6 +112,19 @@ def stack_scalars(values: Sequence[Scalar], dtype: torch.dtype, device: torch.de
     if on_device(device):
         return torch.stack([as_scalar(value, dtype, device) for value in values])
     return torch.tensor([float(value) for value in values], dtype=dtype, device=device)
+
+
+def where(ok: Tensor, gradients: Mapping[Tensor, Tensor]) -> dict[Tensor, Tensor]:
+    """The gradients by parameter, dense, or zeros if a device says that `ok` is not so; nobody waits for it."""
+    zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+    result = {}
+    for parameter, gradient in gradients.items():
+        kind = gradient.device, gradient.dtype
+        if kind not in zeros:
+            zeros[kind] = torch.zeros((), device=gradient.device, dtype=gradient.dtype)
+        # Not a product: 0 * NaN is NaN. A number in place of the zeros would be made anew for each.
+        result[parameter] = torch.where(ok.to(gradient.device), dense(gradient), zeros[kind])
+    return result
 
 
 def add_gradients(old: Tensor | None, new: Tensor) -> Tensor:

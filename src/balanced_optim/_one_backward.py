@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ._micro_batches import MicroBatches, added, sum_of
-from ._numbers import Flag, dense, on_device
+from ._numbers import Flag, on_device, where
 from ._passes import Pass, Passes, Take
 from ._rule import Rule
 from ._state import Averages
@@ -57,20 +57,15 @@ def one_backward_step(
         shared = by_parameter(batch.layout.shared, list(one.shared))
         own = dict(one.rest)
         if not terms.refuses:
-            shared, own = _zeros_unless(fine[0], shared), _zeros_unless(fine[1], own)
+            # Whose fault it is cannot be told any more.
+            both = zip(fine, (shared, own), strict=True)
+            shared, own = (found if f is True else where(torch.as_tensor(f), found) for f, found in both)
         add_rest(rest, own, True, masked=False)
         ok = (fine[0] & fine[1]) if terms.refuses else True
     norms, rest, reached = close(norms, rest, set(shared))
     everything = apart(shared | rest)
     shared, rest = ({p: everything[p] for p in part} for part in (shared, rest))
     return Step(norms, weights, bool(counted), shared, rest, reached, [] if measure is None else batch.present, ok)
-
-
-def _zeros_unless(ok: Flag, gradients: dict[Tensor, Tensor]) -> dict[Tensor, Tensor]:
-    """The gradients, or zeros where something in them is not finite; whose fault it is cannot be told any more."""
-    if ok is True:
-        return gradients
-    return {p: torch.where(torch.as_tensor(ok, device=g.device), dense(g), 0.0) for p, g in gradients.items()}
 
 
 def _known_norms(batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ._losses import TaskLosses
 from ._members import Layout
-from ._numbers import Flag, add_gradients, dense, grad_dtype
+from ._numbers import Flag, add_gradients, grad_dtype, where
 from ._passes import Gradients, Heard, Pass, Passes, Take, explained
 from ._rule import Rule, Terms
 from ._state import Averages
@@ -146,10 +146,8 @@ def add_rest(total: dict[Tensor, Tensor], gradients: Mapping[Tensor, Tensor], ok
     """Add one task's gradients of heads where it counts; with `masked` where a device says so."""
     if ok is False:
         return
-    for parameter, gradient in gradients.items():
-        if masked and isinstance(ok, Tensor):
-            # Not a product: 0 * NaN is NaN.
-            gradient = torch.where(ok.to(gradient.device), dense(gradient), 0.0)
+    kept = where(ok, gradients) if masked and isinstance(ok, Tensor) else gradients
+    for parameter, gradient in kept.items():
         total[parameter] = add_gradients(total.get(parameter), gradient)
 
 
