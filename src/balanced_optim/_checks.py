@@ -167,3 +167,15 @@ def needs_more(text: str, base_optim: Optimizer) -> str | None:
             "gradients have no graph; use a first-order optimizer"
         )
     return None
+
+
+Logs = bool | Sequence[bool] | Mapping[str, bool]
+
+
+def kept(log_transform: Logs) -> Logs:
+    """A copy of what was given by task, for the caller may change his."""
+    if isinstance(log_transform, Mapping):
+        return dict(log_transform)
+    if isinstance(log_transform, Sequence) and not isinstance(log_transform, str):
+        return tuple(log_transform)
+    return log_transform

@@ -121,6 +121,17 @@ class State:
             self.reached.update(reached)
             self.emptied = None
 
+    def cosines(self) -> Tensor:
+        """See `DualBalancedOptimizer.gradient_cosines`."""
+        self.notice()
+        known = self.averages
+        if known is None or not known.store.keeps_rows:
+            reason = "no step was taken yet" if known is None else "beta=0 keeps none; pass beta > 0"
+            raise RuntimeError(f"gradient_cosines() needs averaged gradients, but {reason}")
+        gram = known.store.gram()
+        norms = gram.diagonal().sqrt()
+        return gram / norms.outer(norms)
+
     @property
     def tasks(self) -> tuple[str, ...] | None:
         """The names of the tasks as far as they are fixed."""

@@ -10,20 +10,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.optim import Optimizer
 
-from . import _checkpoint
+from . import _checkpoint, _checks
 from ._accumulate import accumulate
 from ._aggregator import check_aggregator
 from ._backward import backward
 from ._batch import Parts, Settings
-from ._checks import (
-    check_base_optimizer,
-    check_rule,
-    check_schedule,
-    check_settings,
-    needs_more,
-    read_task_weights,
-    refuse_removed,
-)
 from ._losses import Losses, Samples, run_closure
 from ._members import Members, measured_of, shared_of
 from ._processes import Processes, check_process_group
@@ -43,22 +34,18 @@ class DualBalancedOptimizer(Optimizer):
     - ``w_t = alpha / ||ema_t||`` with ``alpha = max_t ||ema_t||``;
     - shared parameters get ``.grad += sum_t w_t * ema_t``, all others ``.grad += sum_t grad log(loss_t + eps)``.
 
-    Then the wrapped optimizer steps. It stays the place of learning rates, schedulers and its own state; this
-    class is a `torch.optim.Optimizer` too and shares `param_groups`, `state` and `defaults` with it, and what else
-    training loops call on the base, such as `train()` and `eval()` of schedule-free ones.
+    Then the wrapped optimizer steps. Learning rates, schedulers and its own state stay with it: `param_groups`, `state`
+    and `defaults` here are its own, and so is what else loops call on it, as `train()` and `eval()`.
 
-    Cost a step: T backward passes; memory for T * n scalars (n shared ones) and n for the combined gradient, n in all
-    at beta = 0 without `max_weight`; one wait for a GPU, none with ``nonfinite="ignore"`` (a scaler, an aggregator and
-    a process group wait once or twice more).
+    Cost a step: T backward passes; memory for (T + 1) * n scalars, n of them shared, or n at beta = 0 without
+    `max_weight`; one wait for a GPU, none under ``nonfinite="ignore"``, more with a scaler, an aggregator or a group.
 
-    Differences from the paper: the average's default schedule decays (its Fig. 5 prefers that to the constant
-    0.9 of the authors' code); a zero gradient gets weight 0 instead of alpha / eps; a task absent from a batch
-    keeps its average and its count and contributes nothing.
+    Beside the paper: the average's schedule decays (its Fig. 5 prefers that to the authors' constant 0.9), a zero
+    gradient has weight 0 instead of alpha / eps, and a task absent from a batch keeps its average and its count.
 
     Args:
         base_optim: any optimizer that holds every trained parameter, heads included, and steps without a closure.
-        shared_params: the shared trunk: an iterable of parameters or a Module. Frozen ones are passed over until they
-            train.
+        shared_params: the shared trunk: an iterable of parameters or a Module. Frozen ones count once they train.
         beta: weight of the old average in [0, 1), before the decay; 0 keeps no average.
         beta_decay: beta_k = beta / k**beta_decay, >= 0.
         eps: added to every loss under the log, > 0, in units of the loss; also how negative a loss may be.
@@ -75,21 +62,19 @@ class DualBalancedOptimizer(Optimizer):
             name, which fixes the names. See the property of that name.
         norm_params: the one-backward form: norms and averages on this subset of the shared parameters only, best the
             last shared layer, on which every task depends; then ONE joint backward of ``sum_t w_t * log(loss_t + eps)``
-            gives every shared gradient, not averaged. Cost: one pass and T short ones that stop at the subset. While a
-            task's norm is 0 there (behind a zero-initialised layer) the log alone acts on it.
+            gives every shared gradient, not averaged. Cost: one pass and T short ones that stop at the subset. Where a
+            norm is 0 there (behind a zero-initialised layer) the log alone acts on the task.
         refresh_every: with `norm_params`: measure norms anew when a task of the batch has one that is m steps old.
         aggregator: takes the place of `norm_target`: a callable from the matrix of the averaged gradients of the tasks
-            that count, shape (T, n), to the combined gradient, shape (n,), such as TorchJD's aggregators. Columns are
-            the shared parameters that train, in the order given, each flattened; `task_weights` multiply the rows. What
-            it remembers you save yourself. Memory: 3 T * n scalars. Not with `norm_params`, `max_weight`, `fade_solved`
-            or FSDP2.
+            that count, shape (T, n), to the combined gradient, shape (n,), as TorchJD has them. Columns: the shared
+            parameters that train, in order, each flattened; `task_weights` multiply rows. What it remembers you save
+            yourself. Memory: 3 T * n scalars. Not with `norm_params`, `max_weight`, `fade_solved` or FSDP2.
         ema_dtype: dtype of the averages; None takes float32, or float64 for float64 parameters.
             torch.bfloat16 halves their memory; sums and norms are still taken in float32.
         nonfinite: what to do with a loss that is not finite (or <= -eps under the log) or a gradient that is not:
-            "raise" an error, "skip" the batch, or "ignore" the task, as if it were absent. No average ever takes a
-            non-finite value. With `norm_params` "ignore" drops the shared gradient of a batch where only the joint
-            backward is not finite. On a GPU "ignore" asks nothing of the device (heads of a task left out get zeros),
-            so that a step can be captured in a CUDA graph.
+            "raise" an error, "skip" the batch, or "ignore" the task, as if it were absent; with `norm_params` "ignore"
+            drops a joint gradient that is not finite. No average ever takes such a value. On a GPU "ignore" asks
+            nothing of the device (heads of a task left out get zeros), so that a CUDA graph can hold the step.
         process_group: the ranks that a batch is split over, e.g. ``torch.distributed.group.WORLD``. Every rank passes
             the losses of its part; the step is that of one process on the whole batch, means weighted by `samples`.
             Parameters are replicated (plain, or in a DistributedDataParallel, called as usual), or sharded by FSDP2's
@@ -103,8 +88,7 @@ class DualBalancedOptimizer(Optimizer):
         >>> trunk, heads = torch.nn.Linear(4, 8), torch.nn.ModuleList([torch.nn.Linear(8, 1) for _ in range(2)])
         >>> base = torch.optim.SGD([*trunk.parameters(), *heads.parameters()], lr=0.1)
         >>> optimizer = DualBalancedOptimizer(base, trunk)
-        >>> features = trunk(torch.randn(16, 4))
-        >>> optimizer.step([head(features).square().mean() for head in heads])
+        >>> optimizer.step([head(trunk(torch.randn(16, 4))).square().mean() for head in heads])
         >>> optimizer.last_balance.weights.shape
         torch.Size([2])
     """
@@ -136,19 +120,18 @@ class DualBalancedOptimizer(Optimizer):
         process_group: ProcessGroup | None = None,
         **removed: Any,
     ) -> None:
-        refuse_removed(removed)
+        _checks.refuse_removed(removed)
         if isinstance(base_optim, DualBalancedOptimizer):
             raise TypeError("base_optim must be the plain optimizer, got a DualBalancedOptimizer; wrap it once")
-        check_base_optimizer(base_optim)
-        check_schedule(beta, beta_decay)
-        logs = dict(log_transform) if isinstance(log_transform, Mapping) else log_transform
-        logs = logs if isinstance(logs, bool | dict | str) or not isinstance(logs, Sequence) else tuple(logs)
+        _checks.check_base_optimizer(base_optim)
+        _checks.check_schedule(beta, beta_decay)
+        logs = _checks.kept(log_transform)
         rule = Rule(eps, logs, norm_target, norm_power, warmup_steps, max_weight, fade_solved)
-        check_rule(rule, aggregator is not None)
-        check_settings(nonfinite, refresh_every, ema_dtype)
+        _checks.check_rule(rule, aggregator is not None)
+        _checks.check_settings(nonfinite, refresh_every, ema_dtype)
         check_aggregator(aggregator, norm_params=norm_params, max_weight=max_weight, fade_solved=fade_solved)
         check_process_group(process_group)
-        names, weights = read_task_weights(task_weights)
+        names, weights = _checks.read_task_weights(task_weights)
         shared = shared_of(base_optim, shared_params)
         members = Members(base_optim, shared, measured_of(base_optim, norm_params, shared, refresh_every))
         members.check_rows(ema_dtype)
@@ -161,7 +144,7 @@ class DualBalancedOptimizer(Optimizer):
             Pending(),
             Processes(process_group, trunk),
         )
-        # Optimizer.__init__ would make param groups of its own; __setstate__ makes the hook tables only.
+        # Optimizer.__init__ would make param groups; __setstate__ makes the hook tables only.
         super().__setstate__({})
 
     @untraced
@@ -201,7 +184,7 @@ class DualBalancedOptimizer(Optimizer):
             try:
                 self.base_optim.step()
             except Exception as error:
-                if (text := needs_more(str(error), self.base_optim)) is None:
+                if (text := _checks.needs_more(str(error), self.base_optim)) is None:
                     raise
                 raise TypeError(text) from error
         return losses if closure is not None else None
@@ -289,7 +272,7 @@ class DualBalancedOptimizer(Optimizer):
         """Forget averages, counts, norms, micro-batches and names that the constructor did not fix.
 
         For a change of the tasks, or of shared parameters: replaced or resized ones are taken as they are now, at their
-        places in `param_groups`. With a process group all ranks call it. A captured CUDA graph goes on, from zero.
+        places. With a process group all ranks call it. A captured CUDA graph goes on, from zero.
         """
         _checkpoint.reset(self._parts, self.base_optim)
 
@@ -298,21 +281,13 @@ class DualBalancedOptimizer(Optimizer):
     def gradient_cosines(self) -> Tensor:
         """Cosines between the averaged gradients of all tasks, shape (T, T): below 0 where tasks pull apart.
 
-        No backward pass: one read of the averages, on the device where they live. NaN for a task whose average is
-        zero or that no batch has had yet. With `norm_params` on that subset. With a process group all ranks must call
-        it together.
+        No backward pass: one read of the averages where they live. NaN for a task whose average is zero. With
+        `norm_params` on that subset. With a process group all ranks must call it together.
 
         Raises:
             RuntimeError: there are no averages: before the first step, or at beta = 0 without `max_weight`.
         """
-        self._parts.state.notice()
-        known = self._parts.state.averages
-        if known is None or not known.store.keeps_rows:
-            reason = "no step was taken yet" if known is None else "beta=0 keeps none; pass beta > 0"
-            raise RuntimeError(f"gradient_cosines() needs averaged gradients, but {reason}")
-        gram = known.store.gram()
-        norms = gram.diagonal().sqrt()
-        return gram / norms.outer(norms)
+        return self._parts.state.cosines()
 
     # ------------------------------------------------- torch.optim's contract
 
@@ -334,9 +309,8 @@ class DualBalancedOptimizer(Optimizer):
         The averages are views of the buffer, as torch's own entries are: save or deepcopy before the next step.
         """
         run_hooks(self._optimizer_state_dict_pre_hooks, self)
-        own = _checkpoint.saved_state(self._parts, self.base_optim)
-        merged: dict[str, Any] = run_hooks(self._optimizer_state_dict_post_hooks, self, own)
-        return merged
+        saved = _checkpoint.saved_state(self._parts, self.base_optim)
+        return run_hooks(self._optimizer_state_dict_post_hooks, self, saved)  # type: ignore[no-any-return]
 
     @untraced
     @torch.no_grad()
