@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from balanced_optim import DualBalancedOptimizer
-from balanced_optim._passes import REMEDY
+from balanced_optim._remedies import REMEDY
 
 FORMS = {
     "exact": lambda trunk: {},

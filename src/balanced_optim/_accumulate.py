@@ -17,7 +17,8 @@ from ._losses import Losses, Samples, describe_bad_loss
 from ._meeting import Alone, Ranks
 from ._members import Layout
 from ._micro_batches import MicroBatches, no_micro_batches
-from ._passes import Pass, explained, set_aside
+from ._passes import Pass, set_aside
+from ._remedies import explained
 from ._scaling import unscaled
 from ._step import by_parameter
 from ._verdict import stepped, versions_of

@@ -18,7 +18,8 @@ from torch.autograd.function import BackwardCFunction
 from torch.autograd.graph import Node
 
 from ._numbers import squares_of, total_of
-from ._passes import REMEDY, Gradients, Take, set_aside
+from ._passes import Gradients, Take, set_aside
+from ._remedies import REMEDY
 
 # Classes of backward nodes whose second pass gave the gradient of the first.
 _verified: WeakSet[type] = WeakSet()

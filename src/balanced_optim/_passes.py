@@ -1,4 +1,4 @@
-"""Backward passes: one a task, its gradients taken over before the next; and what their errors mean.
+"""Backward passes: one a task, its gradients taken over before the next.
 
 A source makes `Pass`es one at a time; stages between it and the store change or hold them. Nobody writes to a gradient
 that a pass has brought: it may be another parameter's too, or belong to a hook.
@@ -14,20 +14,12 @@ import torch
 from torch import Tensor
 
 from ._numbers import Flag
+from ._remedies import hidden_part, remedied
 
 Gradients = list[Tensor | None]
 # Norms, gradients of heads and reached parameters: of this rank, and then of all.
 Heard = tuple[Tensor, dict[Tensor, Tensor], set[Tensor]]
 Take = Callable[..., Gradients]
-
-# How to compile for several backward passes over one graph.
-REMEDY = (
-    "put these lines before the first call of the compiled model:\n"
-    "    import torch._functorch.config\n"
-    "    torch._functorch.config.donated_buffer = False\n"
-    '    torch.compiler.config.cache_key_tag = "retained graphs"\n'
-    "and, if it ran a backward pass in this process before, torch.compiler.reset() after them"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,57 +124,3 @@ def take_grad(
         raise RuntimeError(hidden_part(names))
     found = dict(zip(kept, gradients, strict=True))
     return [found.get(parameter) for parameter in parameters]
-
-
-def hidden_part(names: Sequence[str]) -> str:
-    """The message for a loss that runs a backward pass of its own inside of ours."""
-    return (
-        f"the loss of task {' and '.join(map(repr, names))} must reach parameters through its graph, but a hook in "
-        "it runs a backward pass of its own, whose part would be lost with norm_params or process_group; compute "
-        "the loss without it (no cached or chunked backward inside), or use the exact form in one process"
-    )
-
-
-@contextmanager
-def remedied(names: Sequence[str]) -> Iterator[None]:
-    """Say with an error of a backward pass what to do about it, where that is known."""
-    try:
-        yield
-    except RuntimeError as error:
-        if (text := remedy_for(str(error), names)) is None:
-            raise
-        raise RuntimeError(text) from error
-
-
-def remedy_for(text: str, names: Sequence[str]) -> str | None:
-    """What to do about an error of a backward pass that a user of this library meets; None for any other."""
-    tasks = " and ".join(map(repr, names))
-    if "backward through the graph a second time" in text:
-        return (
-            f"the graph of task {tasks} is gone: step() and backward() need losses that no backward pass has used "
-            "yet; drop any loss.backward() before them and compute the losses anew for every step; a state carried "
-            "over from an earlier batch (a recurrent network's) needs state.detach()"
-        )
-    if "donated buffers" in text:
-        return f"a compiled region was compiled for one backward pass a graph, but balancing needs one a task; {REMEDY}"
-    if "use_reentrant=True" in text:
-        return (
-            "norm_params and process_group need activation checkpoints with use_reentrant=False: a reentrant one "
-            "cannot say which gradients are wanted; change the checkpoint call, or leave that argument out"
-        )
-    return None
-
-
-@contextmanager
-def explained(name: str, first: bool) -> Iterator[None]:
-    """Say what an error may mean in a pass after the `first`, where something is no longer there."""
-    try:
-        yield
-    except (AttributeError, LookupError, TypeError) as error:
-        if first:
-            raise
-        raise RuntimeError(
-            f"the backward pass of task {name!r} failed with {type(error).__name__}: {error}, after that of another "
-            "task went well; balancing makes one backward pass a task over one graph, so hooks on saved tensors "
-            "(activation offloading) must give a tensor back as often as they are asked, not once"
-        ) from error

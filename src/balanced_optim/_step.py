@@ -14,7 +14,8 @@ from torch import Tensor
 from ._losses import TaskLosses
 from ._members import Layout
 from ._numbers import Flag, add_gradients, grad_dtype, where
-from ._passes import Gradients, Heard, Pass, Passes, Take, explained
+from ._passes import Gradients, Heard, Pass, Passes, Take
+from ._remedies import explained
 from ._rule import Rule, Terms
 from ._state import Averages
 
