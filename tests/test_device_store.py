@@ -27,6 +27,7 @@ from triton.runtime.interpreter import GridExecutor
 
 from balanced_optim import _kernels
 from balanced_optim._cuda_store import DeviceRows, DeviceSum
+from balanced_optim._device_layout import PinnedTables
 
 pytestmark = pytest.mark.interpreter
 
@@ -870,3 +871,26 @@ def test_two_devices_decide_together(kind):
             found.append([norms.float(), *[g.cpu() for g in out]])
     for one, other in zip(found[:6], found[6:], strict=True):
         torch.testing.assert_close(one, other, equal_nan=True)
+
+
+# ------------------------------------------------- address tables
+
+
+def test_a_table_is_used_again_where_gradients_lie_where_they_lay():
+    tables = PinnedTables()
+    tables.start()
+    first = tables.on(DEVICE, [16, 0, 4])
+    tables.start()
+    assert tables.on(DEVICE, [16, 0, 4]) is first
+    other = tables.on(DEVICE, [16, 0, 8])
+    assert (first.tolist(), other.tolist()) == ([16, 0, 4], [16, 0, 8])
+    for _ in range(2):
+        tables.start()
+    assert tables.on(DEVICE, [16, 0, 4]) is not first
+
+
+def test_tables_do_not_travel():
+    tables = PinnedTables()
+    tables.start()
+    tables.on(DEVICE, [1])
+    assert vars(copy.deepcopy(tables)) == vars(PinnedTables())

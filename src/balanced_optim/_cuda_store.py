@@ -89,7 +89,7 @@ class _DeviceStore:
 
     def start(self, terms: Terms) -> None:
         """Begin a batch, without what an earlier, abandoned one left."""
-        self._tables.used = 0
+        self._tables.start()
         self._refuses = int(terms.refuses)
         self._usable = moved(terms.usable, self.device, torch.bool)
         self._healthy = torch.ones((), dtype=torch.int32, device=self.device)

@@ -24,6 +24,7 @@ _READABLE = {torch.float32, torch.bfloat16, torch.float16, torch.float64}
 Kind = tuple[torch.dtype, bool]
 
 
+@cache
 def kernels() -> ModuleType:
     """The kernels; importing them imports Triton."""
     from . import _kernels
@@ -149,29 +150,47 @@ def total_of(partials: Tensor) -> Tensor:
 class PinnedTables:
     """Address tables go to a GPU from pinned memory.
 
-    It cannot be allocated while a CUDA graph is captured, and must live as long as the graph: it is set aside in
-    batches before, as many tables as a batch needs, all as large as the largest; what a capture has used is kept.
+    Gradients mostly lie where those of the batch before lay: its tables are used again where they hold the same words.
+
+    Pinned memory cannot be allocated while a CUDA graph is captured, and must live as long as the graph: it is set
+    aside in batches before, as many tables as a batch needs, all as large as the largest; what a capture has used is
+    kept.
     """
 
     used: int = 0
     spare: list[Tensor] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
+    before: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    now: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PinnedTables, ()
 
-    def on(self, device: torch.device, words: list[int]) -> Tensor:
-        """The words on the device, without waiting."""
-        table = torch.tensor(words, dtype=torch.int64, device="cpu")
-        return (self._pinned(table) if device.type == "cuda" else table).to(device, non_blocking=True)
+    def start(self) -> None:
+        """Before a batch."""
+        self.used, self.before, self.now = 0, self.now, {}
 
-    def _pinned(self, table: Tensor) -> Tensor:
-        size = len(table)
-        if torch.cuda.is_current_stream_capturing():
-            if not self.spare or size > len(self.spare[-1]):
+    def on(self, device: torch.device, words: list[int]) -> Tensor:
+        """The words on the device, without waiting. Nobody writes to the table."""
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # The copy is part of the graph, whose gradients lie elsewhere.
+            if not self.spare or len(words) > len(self.spare[-1]):
                 raise RuntimeError("a batch like this one must run once before it is captured in a CUDA graph")
-            self.kept.append(self.spare.pop()[:size].copy_(table))
-            return self.kept[-1]
+            self.kept.append(self.spare.pop()[: len(words)].copy_(_on_host(words)))
+            return self.kept[-1].to(device, non_blocking=True)
+        if device.type == "cuda":
+            self._set_aside(len(words))
+        # Another stream could find the table before it is there.
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        key = device, stream, *words
+        table = self.before.get(key)
+        if table is None:
+            table = _on_host(words)
+            table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
+        self.now[key] = table
+        return table
+
+    def _set_aside(self, size: int) -> None:
         self.used += 1
         if self.spare and len(self.spare[0]) < size:
             self.spare = []
@@ -180,4 +199,7 @@ class PinnedTables:
             torch.empty(width, dtype=torch.int64, device="cpu", pin_memory=True)
             for _ in range(len(self.spare), self.used)
         ]
-        return table.pin_memory()
+
+
+def _on_host(words: list[int]) -> Tensor:
+    return torch.tensor(words, dtype=torch.int64, device="cpu")
