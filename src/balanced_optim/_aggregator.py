@@ -98,7 +98,7 @@ def _combined(
     if tasks and not refused:
         # A matrix of its own: the aggregator may write to it.
         rows = matrix[tasks] * known.task_weights[tasks].to(matrix.dtype)[:, None]
-        vector = ranks.everywhere(lambda: combine(aggregator, rows), vector)
+        vector = ranks.everywhere(lambda: combine(aggregator, rows))
         ok = bool(vector.isfinite().all())
     shared = (
         dict(zip(layout.averaged, _cut(vector, layout.averaged), strict=True)) if ok and new and not refused else {}

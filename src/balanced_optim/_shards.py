@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ._meeting import Ranks, ordered_sum
 from ._numbers import Flag, on_device
-from ._passes import Gradients, Take, take_backward
+from ._passes import Gradients, take_backward
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -55,16 +56,9 @@ class Shards(Ranks):
         trunk: nn.Module | None,
     ) -> None:
         kept = [_dtensor(parameter) for parameter in averaged]
-        distributed = [_dtensor(parameter) for parameter in parameters if is_dtensor(parameter)]
+        distributed = [_dtensor(p) for p in parameters if is_dtensor(p) or p.requires_grad]
         super().__init__(group, distributed[0].to_local().device)
         self.averaging = self.size
-        for parameter in parameters:
-            if not is_dtensor(parameter) and parameter.requires_grad:
-                raise ValueError(
-                    "parameters in base_optim must all be sharded or all be plain, got DTensors and a plain one of "
-                    f"shape {tuple(parameter.shape)}; call fully_shard on the root module too, before the optimizer is "
-                    "built"
-                )
         ranks = set(dist.get_process_group_ranks(group))
         for tensor in {id(p.device_mesh): p for p in distributed}.values():
             _check_mesh(tensor, ranks)
@@ -100,12 +94,12 @@ class Shards(Ranks):
                     "rank that lacks the task compute the loss on any input and pass samples=0 for it"
                 )
 
-    @property
-    def take(self) -> Take:
-        """A full `.backward()`, the last one of which leaves the parameters sharded; local shards of the gradients."""
-        return self._take
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Not here: the others wait in a pass for one that has failed, not for its message."""
+        yield
 
-    def _take(
+    def take(
         self,
         losses: Sequence[Tensor],
         cotangents: Sequence[Tensor],
@@ -115,6 +109,7 @@ class Shards(Ranks):
         retain_graph: bool,
         inputs: Sequence[Tensor] | None = None,  # noqa: ARG002
     ) -> Gradients:
+        """A full `.backward()`, the last one of which leaves the parameters sharded; local shards of the gradients."""
         for module in self._modules:
             module.set_reshard_after_backward(not retain_graph, recurse=False)
         found = take_backward(losses, cotangents, names, parameters, retain_graph=retain_graph)
@@ -133,7 +128,16 @@ class Shards(Ranks):
 
     def own(self, entry: Tensor, parameter: Tensor) -> Tensor:
         """The local shard of an average that comes whole, or sharded as the parameters are."""
-        return _shard_like(entry, _dtensor(parameter))
+        from torch.distributed.tensor import distribute_tensor
+
+        like = _dtensor(parameter)
+        mesh = like.device_mesh
+        if is_dtensor(entry):
+            tensor = _dtensor(entry)
+            if tensor.placements == like.placements and tensor.device_mesh == mesh:
+                return tensor.to_local()
+            entry = tensor.full_tensor()
+        return distribute_tensor(entry.to(mesh.device_type), mesh, like.placements).to_local()
 
     def reset(self) -> None:
         """Shard again what the passes left gathered."""
@@ -147,7 +151,7 @@ def _dtensor(tensor: Tensor) -> DTensor:
 
     if not isinstance(tensor, DTensor):
         raise ValueError(
-            "shared parameters must all be sharded or all be plain, got DTensors and a plain one of shape "
+            "parameters in base_optim must all be sharded or all be plain, got DTensors and a plain one of shape "
             f"{tuple(tensor.shape)}; call fully_shard on the root module too, before the optimizer is built"
         )
     return tensor
@@ -170,26 +174,10 @@ def _distributed_like(local: Tensor, parameter: Tensor) -> Tensor:
     return result
 
 
-def _shard_like(entry: Tensor, parameter: DTensor) -> Tensor:
-    from torch.distributed.tensor import distribute_tensor
-
-    if is_dtensor(entry):
-        tensor = _dtensor(entry)
-        if tensor.placements == parameter.placements and tensor.device_mesh == parameter.device_mesh:
-            return tensor.to_local()
-        entry = tensor.full_tensor()
-    mesh = parameter.device_mesh
-    return distribute_tensor(entry.to(mesh.device_type), mesh, parameter.placements).to_local()
-
-
 def _held_once(parameter: DTensor) -> int:
     """How many ranks of its mesh together hold a parameter once."""
-    sizes = [
-        parameter.device_mesh.size(dimension)
-        for dimension, placement in enumerate(parameter.placements)
-        if not placement.is_replicate()
-    ]
-    return math.prod(sizes)
+    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
 def _check_mesh(parameter: DTensor, ranks: set[int]) -> None:
