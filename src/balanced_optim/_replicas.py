@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
-from itertools import accumulate
 
 import torch
 import torch.distributed as dist
@@ -24,76 +23,55 @@ from ._passes import Gradients, Heard, Pass, Passes
 from ._store import finite
 
 
-class _Message:
-    """A flat vector for gradients of one device and dtype, with room for other numbers at its end."""
+class _Bundle:
+    """Flat messages for the gradients of some parameters, one for each device and dtype; made once.
 
-    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype, extra: int, device: torch.device) -> None:
+    `extra` is room for other numbers at the end of the first.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], extra: int, device: torch.device, widest: torch.dtype = torch.float32
+    ) -> None:
+        kinds = [(p.device, torch.promote_types(accumulation_dtype(p.dtype), widest)) for p in parameters]
         shapes = [real(torch.empty_like(parameter, device="meta")).shape for parameter in parameters]
-        sizes = [shape.numel() for shape in shapes]
-        # Even places, so that pairs can be seen as complex numbers.
-        ends = list(accumulate((size + size % 2 for size in sizes), initial=0))
-        self.flat = torch.zeros(ends[-1] + extra, dtype=dtype, device=device)
-        self.extra = self.flat[ends[-1] :]
-        self._views = [self.flat[s : s + n].view(shape) for s, n, shape in zip(ends, sizes, shapes, strict=False)]
-        self.gradients = [
+        first = kinds[0] if kinds else (device, widest)
+        starts, ends = [], {first: 0}
+        for kind, shape in zip(kinds, shapes, strict=True):
+            starts.append(ends.setdefault(kind, 0))
+            # Even places, so that pairs can be seen as complex numbers.
+            ends[kind] += shape.numel() + shape.numel() % 2
+        ends[first] += extra
+        flats = {kind: torch.zeros(end, device=kind[0], dtype=kind[1]) for kind, end in ends.items()}
+        self._flats, self.extra = list(flats.values()), flats[first][-extra:]
+        self._views = [
+            flats[kind][start : start + shape.numel()].view(shape)
+            for kind, start, shape in zip(kinds, starts, shapes, strict=True)
+        ]
+        self._sums = [
             torch.view_as_complex(view) if parameter.is_complex() else view
             for view, parameter in zip(self._views, parameters, strict=True)
         ]
 
-    def fill(self, gradients: Sequence[Tensor | None]) -> None:
-        """Copy the gradients in, zeros for None."""
+    def send(self, gradients: Sequence[Tensor | None], group: dist.ProcessGroup) -> Callable[[], Gradients]:
+        """Start to add up; the returned function waits and gives the sums, views that stay until the next send."""
         missing = [view for view, gradient in zip(self._views, gradients, strict=True) if gradient is None]
         if missing:
             torch._foreach_zero_(missing)
         targets = [view for view, gradient in zip(self._views, gradients, strict=True) if gradient is not None]
         if targets:
             torch._foreach_copy_(targets, [real(gradient) for gradient in gradients if gradient is not None])
-
-
-class _Bundle:
-    """The messages of one set of parameters, one for each device and dtype; made once."""
-
-    def __init__(
-        self, parameters: Sequence[Tensor], extra: int, device: torch.device, widest: torch.dtype = torch.float32
-    ) -> None:
-        alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for index, parameter in enumerate(parameters):
-            kind = parameter.device, torch.promote_types(accumulation_dtype(parameter.dtype), widest)
-            alike.setdefault(kind, []).append(index)
-        self.number = len(parameters)
-        self.parts = [
-            (members, _Message([parameters[m] for m in members], dtype, extra if part == 0 else 0, where))
-            for part, ((where, dtype), members) in enumerate(alike.items())
-        ] or [([], _Message([], widest, extra, device))]
-        self.extra = self.parts[0][1].extra
-
-    def send(self, gradients: Sequence[Tensor | None], group: dist.ProcessGroup) -> Callable[[], Gradients]:
-        """Start to add up; the returned function waits and gives the sums, views that stay until the next send."""
-        works = []
-        for members, message in self.parts:
-            message.fill([gradients[member] for member in members])
-            works.append(dist.all_reduce(message.flat, group=group, async_op=True))
+        works = [dist.all_reduce(flat, group=group, async_op=True) for flat in self._flats]
 
         def receive() -> Gradients:
-            result: Gradients = [None] * self.number
-            for work, (members, message) in zip(works, self.parts, strict=True):
+            for work in works:
                 work.wait()
-                for member, gradient in zip(members, message.gradients, strict=True):
-                    result[member] = gradient
-            return result
+            return [*self._sums]
 
         return receive
 
 
 class Replicas(Ranks):
-    """Every rank has all parameters and all averages.
-
-    Args:
-        group: the ranks.
-        shared: all shared parameters.
-        heads: all others in the optimizer.
-        norm_dtype: of the norms.
-    """
+    """Every rank has all parameters and all averages."""
 
     def __init__(
         self, group: dist.ProcessGroup, shared: Sequence[Tensor], heads: Sequence[Tensor], norm_dtype: torch.dtype
