@@ -72,8 +72,8 @@ class _DeviceStore:
 
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None, ranks: Alone | None) -> None:
         self.device, self._number = parameters[0].device, len(parameters)
-        self._ranks = ranks if ranks is not None and ranks.agrees else None
-        shares = (ranks.shares if ranks is not None else None) or [1.0] * len(parameters)
+        self._ranks = ranks or Alone()
+        shares = self._ranks.shares or [1.0] * len(parameters)
         together: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
         for i, p in enumerate(parameters):
             kind = p.device, dtype or accumulation_dtype(p.dtype), grad_dtype(p).to_real()
@@ -101,7 +101,7 @@ class _DeviceStore:
 
     def _norms(self, squares: Tensor) -> Tensor:
         # A sum has asked for the squares of all ranks pass by pass.
-        squares = self._ranks.total(squares) if self._ranks is not None and self.keeps_rows else squares
+        squares = self._ranks.total(squares) if self.keeps_rows else squares
         return squares.sqrt().to(self.norm_dtype)
 
     def _take(self, one: Pass, kernel: Any, *state: Any) -> tuple[list[_Measured], Tensor]:
@@ -140,8 +140,8 @@ class _DeviceStore:
 
     def _decide(self, task: int, partials: Sequence[Tensor], ok: Tensor, kernel: Any, *state: Any) -> Tensor:
         """Launch the kernel that decides for all segments and ranks; returns whether the pass counts."""
-        squares = partials[0] if len(partials) == 1 and self._ranks is None else self._joint(partials)
-        if self._ranks is not None:
+        squares = partials[0] if len(partials) == 1 and not self._ranks.agrees else self._joint(partials)
+        if self._ranks.agrees:
             finite = squares.sum().isfinite() & self._usable[task] & (self._healthy != 0)
             ok = torch.as_tensor(self._ranks.agree(ok & finite))
             squares = squares if self.keeps_rows else self._ranks.total(squares)
@@ -245,7 +245,7 @@ class DeviceRows(_DeviceStore):
                 for at in range(place.start, end, _GRAM_PIECE):
                     matrix = torch.stack([row[at : min(at + _GRAM_PIECE, end)].double() for row in rows])
                     result += share * (matrix @ matrix.t()).to(self.device)
-        return result if self._ranks is None else self._ranks.total(result)
+        return self._ranks.total(result)
 
     def clear(self, task: int) -> None:
         """Set the average of `task` back to zero."""
