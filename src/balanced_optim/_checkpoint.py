@@ -32,8 +32,7 @@ def saved_state(parts: Parts, base_optim: Optimizer) -> dict[str, Any]:
     averages: dict[int, list[Tensor]] = {}
     if known is not None and known.store.keeps_rows:
         for parameter, rows in zip(known.rows, known.store.averages(), strict=True):
-            if parameter in places:
-                averages[places[parameter]] = [ranks.entry(row, parameter) for row in rows]
+            averages[places[parameter]] = [ranks.entry(row, parameter) for row in rows]
     trained, counted = set(layout.shared), state.averages
     header = {
         "tasks": state.tasks,
@@ -87,8 +86,8 @@ def load_state(parts: Parts, base_optim: Optimizer, state_dict: dict[str, Any]) 
 def _room(parts: Parts, saved: Saved, layout: Layout) -> Averages:
     """The averages to load into: those that are there, so that a captured graph goes on, or new ones."""
     known, tasks = parts.state.averages, saved.header["tasks"]
-    fits = known is not None and len(known.tasks) == len(tasks) and are_same(known.rows, layout.averaged)
-    if known is None or not fits or known.store.keeps_rows != bool(saved.averages):
+    fits = known is not None and (len(known.tasks), known.store.keeps_rows) == (len(tasks), bool(saved.averages))
+    if known is None or not fits or not are_same(known.rows, layout.averaged):
         store = new_store(parts, layout, parts.processes.over(layout), len(tasks))
         known = parts.state.averages = new_averages(tasks, False, store, list(layout.averaged), None)
     known.tasks, known.named = tasks, bool(saved.header["named"])
@@ -142,18 +141,17 @@ def change_weights(parts: Parts, task_weights: Any) -> None:
     Raises:
         TypeError, ValueError: not one number >= 0 for each task.
     """
-    state = parts.state
+    state, tasks = parts.state, parts.state.tasks
     names, weights = read_task_weights(task_weights)
-    tasks = state.tasks
-    if names is not None and tasks is not None:
+    if tasks is None:
+        state.names = names
+    elif names is not None:
         if not state.named or set(names) != set(tasks):
             raise ValueError(f"task_weights must be of the tasks {list(tasks)}, got {list(names)}")
         by_name = dict(zip(names, weights or (), strict=True))
         weights = [by_name[name] for name in tasks]
-    if weights is not None and tasks is not None and len(weights) != len(tasks):
+    elif weights is not None and len(weights) != len(tasks):
         raise ValueError(f"task_weights must have {len(tasks)} entries, one a task, got {len(weights)}")
-    if tasks is None and names is not None:
-        state.names = names
     state.task_weights = weights
     if state.averages is not None:
         set_weights(state.averages, weights)
