@@ -181,7 +181,6 @@ class Members:
         return not any(member.parameter.requires_grad for member in self._members)
 
     def __len__(self) -> int:
-        """How many parameters are shared."""
         return len(self._members)
 
 

@@ -37,12 +37,6 @@ class Shards(Ranks):
 
     If the trunk was given as a module, its parameters stay gathered between the passes of a batch: (T - 1) n fewer
     scalars are gathered, and n more are in memory for that time. Given as parameters, FSDP2's own setting holds.
-
-    Args:
-        group: the ranks that the batch is split over.
-        parameters: all of the optimizer.
-        averaged: those with averages.
-        trunk: the shared parameters' module, if it was given as one.
     """
 
     reduces_in_passes = True
