@@ -54,7 +54,7 @@ def aggregated_step(passes: Passes, batch: Batch, aggregator: Aggregator, ranks:
     reached: set[Tensor] = set()
     healthy: Flag = True
     for one in passes:
-        ok = ranks.agree(_as_stored(one, averages, store.device) & terms.usable[one.task] & one.ok & healthy)
+        ok = _as_stored(one, averages, store.device) & terms.usable[one.task] & one.ok & healthy
         healthy = ok if terms.refuses else healthy
         add_rest(rest, one.rest, ok, masked=not terms.refuses)
         if ok is False:

@@ -33,7 +33,6 @@ class Totals:
         sums: ``sum of samples * loss`` over ranks and micro-batches, shape (T,), float64.
         samples: the number of samples of each task, shape (T,); 0 for a task that no rank has.
         dtype: float32, or float64 where some rank's losses are.
-        present: tasks that some rank has.
         bad: for a task whose loss is not finite on some rank, the first such rank and its value.
         marked: tasks whose graph on some rank holds a class that has yet to be checked.
     """
@@ -41,7 +40,6 @@ class Totals:
     sums: Tensor
     samples: Tensor
     dtype: torch.dtype
-    present: list[int]
     bad: dict[int, tuple[int, float]]
     marked: list[bool]
 
@@ -183,18 +181,15 @@ class Ranks(Alone):
     def _totals(self, table: Tensor, wide: bool, names: Sequence[str]) -> Totals:
         losses, _, here, marked = table.transpose(0, 1).tolist()
         self._check_presence(here, names)
-        tasks = range(len(names))
         bad = {
             task: (rank, losses[rank][task])
-            for task in tasks
+            for task in range(len(names))
             for rank in reversed(range(self.size))
             if not math.isfinite(losses[rank][task])
         }
         sums, samples = ordered_sum(table[:, :2]).unbind()
-        counts = samples.tolist()
         dtype = torch.float64 if wide else torch.float32
-        present = [task for task in tasks if counts[task] > 0]
-        return Totals(sums, samples, dtype, present, bad, [any(rank[task] for rank in marked) for task in tasks])
+        return Totals(sums, samples, dtype, bad, [any(ranks) for ranks in zip(*marked, strict=True)])
 
     def _check_presence(self, here: list[list[float]], tasks: Sequence[str]) -> None:
         """Raise where a task that is missing on some ranks would leave the others waiting."""
