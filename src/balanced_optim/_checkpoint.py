@@ -80,28 +80,24 @@ def load_state(parts: Parts, base_optim: Optimizer, state_dict: dict[str, Any]) 
     if header["tasks"] is None or not header["counts"]:
         state.averages = None
     else:
-        _fill(_room(parts, saved, layout), header, own, parts)
+        _fill(parts, saved, layout, own)
 
 
-def _room(parts: Parts, saved: Saved, layout: Layout) -> Averages:
-    """The averages to load into: those that are there, so that a captured graph goes on, or new ones."""
-    known, tasks = parts.state.averages, saved.header["tasks"]
+def _fill(parts: Parts, saved: Saved, layout: Layout, rows: dict[Tensor, list[Tensor]]) -> None:
+    """Write a checkpoint's numbers into the averages that are there, so that a captured graph goes on, or new ones."""
+    header, known = saved.header, parts.state.averages
+    tasks: tuple[str, ...] = header["tasks"]
     fits = known is not None and (len(known.tasks), known.store.keeps_rows) == (len(tasks), bool(saved.averages))
     if known is None or not fits or not are_same(known.rows, layout.averaged):
         store = new_store(parts, layout, parts.processes.over(layout), len(tasks))
         known = parts.state.averages = new_averages(tasks, False, store, list(layout.averaged), None)
-    known.tasks, known.named = tasks, bool(saved.header["named"])
-    return known
-
-
-def _fill(known: Averages, header: dict[str, Any], rows: dict[Tensor, list[Tensor]], parts: Parts) -> None:
-    """Write a checkpoint's numbers in place."""
-    missing: list[None] = [None] * len(known.tasks)
+    known.tasks, known.named = tasks, bool(header["named"])
     known.counts.copy_(torch.tensor(header["counts"], device=known.counts.device))
     known.batches.fill_(header["batches"])
     known.ages[:] = header["ages"]
     set_weights(known, parts.state.task_weights)
     if known.store.keeps_rows:
+        missing: list[None] = [None] * len(tasks)
         known.store.load_averages([rows.get(parameter) or missing for parameter in known.rows])
         if parts.members.joint:
             # Norms belong to the averages, so a checkpoint need not hold them.
