@@ -32,7 +32,7 @@ def saved_state(parts: Parts, base_optim: Optimizer) -> dict[str, Any]:
     averages: dict[int, list[Tensor]] = {}
     if known is not None and known.store.keeps_rows:
         for parameter, rows in zip(known.rows, known.store.averages(), strict=True):
-            averages[places[parameter]] = [ranks.entry(row, parameter) for row in rows]
+            averages[places[parameter]] = [ranks.wrap(row, parameter) for row in rows]
     trained, counted = set(layout.shared), state.averages
     header = {
         "tasks": state.tasks,

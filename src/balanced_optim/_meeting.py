@@ -97,13 +97,9 @@ class Alone:
         """The sum of what each rank counts of its part."""
         return counted
 
-    def wrap(self, gradient: Tensor, parameter: Tensor) -> Tensor:  # noqa: ARG002
-        """A gradient in the form that `parameter.grad` needs."""
-        return gradient
-
-    def entry(self, average: Tensor, parameter: Tensor) -> Tensor:  # noqa: ARG002
-        """An average as a checkpoint holds it."""
-        return average
+    def wrap(self, own: Tensor, parameter: Tensor) -> Tensor:  # noqa: ARG002
+        """This rank's part of a gradient as `parameter.grad` needs it, of an average as a checkpoint does."""
+        return own
 
     def own(self, entry: Tensor, parameter: Tensor) -> Tensor:  # noqa: ARG002
         """This rank's part of an average from a checkpoint."""

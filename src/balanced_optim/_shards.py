@@ -111,14 +111,24 @@ class Shards(Ranks):
             raise ValueError(f"tasks {list(names)} must reach a sharded parameter, but none got a gradient{self.hint}")
         return [_dtensor(g).to_local() if g is not None and is_dtensor(g) else g for g in found]
 
-    def wrap(self, gradient: Tensor, parameter: Tensor) -> Tensor:
+    def wrap(self, own: Tensor, parameter: Tensor) -> Tensor:
         """A DTensor laid out like the parameter."""
-        plain = is_dtensor(parameter) and not is_dtensor(gradient)
-        return _distributed_like(gradient, parameter) if plain else gradient
+        if not is_dtensor(parameter) or is_dtensor(own):
+            return own
+        from torch.distributed.tensor import DTensor
 
-    def entry(self, average: Tensor, parameter: Tensor) -> Tensor:
-        """A DTensor laid out like the parameter, as torch.distributed.checkpoint needs it."""
-        return _distributed_like(average, parameter)
+        like = _dtensor(parameter)
+        # A DTensor around a piece of a larger tensor cannot be copied or saved.
+        alone = own.untyped_storage().nbytes() == own.numel() * own.itemsize
+        result: Tensor = DTensor.from_local(
+            own if alone else own.clone(),
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+        return result
 
     def own(self, entry: Tensor, parameter: Tensor) -> Tensor:
         """The local shard of an average that comes whole, or sharded as the parameters are."""
@@ -149,23 +159,6 @@ def _dtensor(tensor: Tensor) -> DTensor:
             f"{tuple(tensor.shape)}; call fully_shard on the root module too, before the optimizer is built"
         )
     return tensor
-
-
-def _distributed_like(local: Tensor, parameter: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    like = _dtensor(parameter)
-    # A DTensor around a piece of a larger tensor cannot be copied or saved.
-    alone = local.untyped_storage().nbytes() == local.numel() * local.itemsize
-    result: Tensor = DTensor.from_local(
-        local if alone else local.clone(),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
-    return result
 
 
 def _held_once(parameter: DTensor) -> int:
