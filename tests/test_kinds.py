@@ -575,6 +575,23 @@ def test_parameters_of_another_shape_or_gone_are_named_until_the_averages_are_re
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 
+@every_form
+def test_parameters_that_thaw_in_a_batch_that_is_refused_take_part_in_the_next(form):
+    runs = build(form), build(form)
+    for refused, (trunk, heads, optimizer) in zip((True, False), runs, strict=True):
+        trunk[0].requires_grad_(False)
+        train(trunk, heads, optimizer, range(2))
+        trunk[0].requires_grad_(True)
+        if refused:
+            bias = trunk[-1].bias.data
+            trunk[-1].bias.data = torch.zeros(1)
+            with pytest.raises(ValueError, match="reset_averages"):
+                train(trunk, heads, optimizer, range(2, 3))
+            trunk[-1].bias.data = bias
+        train(trunk, heads, optimizer, range(2, 5))
+    assert values(*runs[0][:2]) == values(*runs[1][:2])
+
+
 @pytest.mark.parametrize("form", ["exact", "no average", "one backward"])
 @pytest.mark.parametrize("held", [True, False])
 def test_frozen_thawed_frozen_and_thawed_again_with_a_resume_between(form, held):

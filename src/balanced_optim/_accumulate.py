@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +12,7 @@ from ._batch import Given, Parts, meet
 from ._capture import check_capture
 from ._graph import check_replay, outside_of, reach_of
 from ._losses import Losses, Samples, describe_bad_loss
-from ._meeting import Alone, Ranks
+from ._meeting import Alone
 from ._members import Layout
 from ._micro_batches import MicroBatches, no_micro_batches
 from ._passes import Pass, set_aside
@@ -38,29 +36,12 @@ def accumulate(parts: Parts, base_optim: Optimizer, losses: Losses, scaler: Any,
         # A failure in the middle of the passes ends the batch: half a micro-batch must not go into the next one.
         parts.pending.micro_batches = None
         outside = outside_of(reach_of(given.losses.losses), layout.parameters) if ranks.outside_get_gradients else []
-        with set_aside([*layout.parameters, *outside]), _settled(ranks):
+        with set_aside([*layout.parameters, *outside]), ranks.settled():
             _add_passes(before, ranks, layout.with_outside(outside), given)
     finally:
         ranks.reset()
     parts.pending.micro_batches = before
     parts.pending.tasks, parts.pending.named = given.losses.names, given.losses.named
-
-
-@contextmanager
-def _settled(ranks: Alone) -> Iterator[None]:
-    """An error of one rank is one of all."""
-    failure: BaseException | None = None
-    try:
-        yield
-    except BaseException as error:
-        if not isinstance(ranks, Ranks) or ranks.reduces_in_passes:
-            raise
-        failure = error
-    try:
-        if isinstance(ranks, Ranks) and not ranks.reduces_in_passes:
-            ranks.settle(failure)
-    finally:
-        del failure
 
 
 def _check_values(parts: Parts, given: Given) -> None:

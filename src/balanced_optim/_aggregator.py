@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ._meeting import Alone
-from ._numbers import Flag, accumulation_dtype, real, squares_of, total_of
+from ._numbers import Flag, Scalar, accumulation_dtype, real, squares_of, total_of
 from ._passes import Pass, Passes
 from ._step import Batch, Step, add_rest, by_parameter
 from ._store import finite
@@ -35,40 +35,32 @@ def check_aggregator(aggregator: object, **excluded: object) -> None:
             )
 
 
-def aggregated_step(
-    passes: Passes,
-    batch: Batch,
-    aggregator: Aggregator,
-    ranks: Alone,
-) -> Step:
+def aggregated_step(passes: Passes, batch: Batch, aggregator: Aggregator, ranks: Alone) -> Step:
     """One pass a task, averaged beside the rows, and combined by `aggregator`. It may fail and leave nothing.
 
-    Args:
-        passes: task gradients, through their stages.
-        batch: its facts.
-        aggregator: the callable.
-        ranks: those that share the batch; they use one vector, and an error on one is one on all.
+    Ranks use one vector, and an error on one is one on all.
 
     Memory: T * n scalars for the matrix beside the rows.
     """
     store, terms, layout = batch.known.store, batch.terms, batch.layout
     number = len(batch.losses.names)
-    if not store.keeps_rows:
-        raise TypeError("an aggregator needs rows")
+    assert store.keeps_rows
     averages = store.averages()
-    matrix = _matrix(averages, number, store.device)
+    # Complex parameters count as pairs.
+    width = sum(real(rows[0]).numel() for rows in averages)
+    matrix = torch.zeros(number, width, dtype=store.norm_dtype, device=store.device)
     norms = torch.full((number,), math.nan, dtype=matrix.dtype, device=store.device)
     rest: dict[Tensor, Tensor] = {}
     reached: set[Tensor] = set()
     healthy: Flag = True
     for one in passes:
-        ok = ranks.agree(_as_stored(one, averages, store.device) & terms.usable[one.task] & one.ok & healthy)
+        ok = _as_stored(one, averages, store.device) & terms.usable[one.task] & one.ok & healthy
         healthy = ok if terms.refuses else healthy
         add_rest(rest, one.rest, ok, masked=not terms.refuses)
         if ok is False:
             continue
         # ema_t <- beta_k * ema_t + (1 - beta_k) * g_t, in the matrix.
-        _write(matrix[one.task], averages, one.shared, one.task, terms.keep[one.task], terms.gain[one.task])
+        _write(matrix[one.task], averages, one, terms.keep[one.task], terms.gain[one.task])
         norm = torch.linalg.vector_norm(matrix[one.task])
         norms[one.task] = torch.where(ok, norm, math.nan) if isinstance(ok, Tensor) else norm
         reached.update(by_parameter(layout.averaged, list(one.shared)))
@@ -98,7 +90,7 @@ def _combined(
     if tasks and not refused:
         # A matrix of its own: the aggregator may write to it.
         rows = matrix[tasks] * known.task_weights[tasks].to(matrix.dtype)[:, None]
-        vector = ranks.everywhere(lambda: combine(aggregator, rows), vector)
+        vector = ranks.everywhere(lambda: combine(aggregator, rows))
         ok = bool(vector.isfinite().all())
     shared = (
         dict(zip(layout.averaged, _cut(vector, layout.averaged), strict=True)) if ok and new and not refused else {}
@@ -107,37 +99,21 @@ def _combined(
     return Step(norms, weights, bool(shared), shared, rest, reached, batch.present, ok, averages)
 
 
-def _matrix(averages: Sequence[Sequence[Tensor]], tasks: int, device: torch.device) -> Tensor:
-    """Zeros of shape (T, n), n counting complex parameters as pairs, of float32 or wider."""
-    parts = [real(rows[0]) for rows in averages]
-    dtype = torch.float32
-    for part in parts:
-        dtype = torch.promote_types(dtype, accumulation_dtype(part.dtype))
-    return torch.zeros(tasks, sum(part.numel() for part in parts), dtype=dtype, device=device)
-
-
 def _as_stored(one: Pass, averages: Sequence[Sequence[Tensor]], device: torch.device) -> Flag:
     """Whether the gradients are finite in the dtypes of their rows."""
     stored = [g.to(rows[0].dtype) for g, rows in zip(one.shared, averages, strict=True) if g is not None]
     return (total_of(squares_of(stored), device) < math.inf) & finite(Pass(one.task, [], one.rest), device)
 
 
-def _write(
-    row: Tensor,
-    averages: Sequence[Sequence[Tensor]],
-    gradients: Sequence[Tensor | None],
-    task: int,
-    keep: object,
-    gain: object,
-) -> None:
+def _write(row: Tensor, averages: Sequence[Sequence[Tensor]], one: Pass, keep: Scalar, gain: Scalar) -> None:
     """row <- keep * ema_t + gain * g_t, parameters one after the other, rounded as the store rounds."""
     start = 0
-    for rows, gradient in zip(averages, gradients, strict=True):
-        old = real(rows[task])
+    for rows, gradient in zip(averages, one.shared, strict=True):
+        old = real(rows[one.task])
         wide = accumulation_dtype(old.dtype)
-        new = old.to(wide) * keep  # type: ignore[operator]
+        new = old.to(wide) * keep
         if gradient is not None:
-            new = new + real(gradient).to(wide) * gain  # type: ignore[operator]
+            new = new + real(gradient).to(wide) * gain
         row[start : start + new.numel()] = new.to(old.dtype).reshape(-1)
         start += new.numel()
 

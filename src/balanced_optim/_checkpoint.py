@@ -10,9 +10,9 @@ from torch.optim import Optimizer
 
 from ._batch import Parts, new_store
 from ._checks import check_schedule, read_task_weights
-from ._members import Layout, are_same
+from ._members import Layout
 from ._processes import ALONE
-from ._state import Averages, empty, fits, new_averages, set_weights
+from ._state import empty, fits, new_averages, set_weights
 from ._state_dict import FROZEN, REACHED, SHARED, Saved, check_fits, merge, split
 
 
@@ -32,8 +32,7 @@ def saved_state(parts: Parts, base_optim: Optimizer) -> dict[str, Any]:
     averages: dict[int, list[Tensor]] = {}
     if known is not None and known.store.keeps_rows:
         for parameter, rows in zip(known.rows, known.store.averages(), strict=True):
-            if parameter in places:
-                averages[places[parameter]] = [ranks.entry(row, parameter) for row in rows]
+            averages[places[parameter]] = [ranks.wrap(row, parameter) for row in rows]
     trained, counted = set(layout.shared), state.averages
     header = {
         "tasks": state.tasks,
@@ -81,30 +80,26 @@ def load_state(parts: Parts, base_optim: Optimizer, state_dict: dict[str, Any]) 
     if header["tasks"] is None or not header["counts"]:
         start_anew(parts, layout)
     else:
-        _fill(_room(parts, saved, layout), header, own, parts)
+        _fill(parts, saved, layout, own)
 
 
-def _room(parts: Parts, saved: Saved, layout: Layout) -> Averages:
-    """The averages to load into: those that are there, so that a captured graph goes on, or new ones."""
-    state, tasks = parts.state, saved.header["tasks"]
+def _fill(parts: Parts, saved: Saved, layout: Layout, rows: dict[Tensor, list[Tensor]]) -> None:
+    """Write a checkpoint's numbers into the averages that are there, so that a captured graph goes on, or new ones."""
+    state, header = parts.state, saved.header
     known = state.averages if state.emptied is None else state.emptied[0]
-    fits = known is not None and len(known.tasks) == len(tasks) and are_same(known.rows, layout.averaged)
-    if known is None or not fits or known.store.keeps_rows != bool(saved.averages):
+    tasks: tuple[str, ...] = header["tasks"]
+    alike = known is not None and (len(known.tasks), known.store.keeps_rows) == (len(tasks), bool(saved.averages))
+    if known is None or not alike or not fits(known, layout.averaged):
         store = new_store(parts, layout, parts.processes.over(layout), len(tasks))
         known = new_averages(tasks, False, store, list(layout.averaged), None)
     state.averages, state.emptied = known, None
-    known.tasks, known.named = tasks, bool(saved.header["named"])
-    return known
-
-
-def _fill(known: Averages, header: dict[str, Any], rows: dict[Tensor, list[Tensor]], parts: Parts) -> None:
-    """Write a checkpoint's numbers in place."""
-    missing: list[None] = [None] * len(known.tasks)
+    known.tasks, known.named = tasks, bool(header["named"])
     known.counts.copy_(torch.tensor(header["counts"], device=known.counts.device))
     known.batches.fill_(header["batches"])
     known.ages[:] = header["ages"]
     set_weights(known, parts.state.task_weights)
     if known.store.keeps_rows:
+        missing: list[None] = [None] * len(tasks)
         known.store.load_averages([rows.get(parameter) or missing for parameter in known.rows])
         if parts.members.joint:
             # Norms belong to the averages, so a checkpoint need not hold them.
@@ -136,18 +131,17 @@ def change_weights(parts: Parts, task_weights: Any) -> None:
     Raises:
         TypeError, ValueError: not one number >= 0 for each task.
     """
-    state = parts.state
+    state, tasks = parts.state, parts.state.tasks
     names, weights = read_task_weights(task_weights)
-    tasks = state.tasks
-    if names is not None and tasks is not None:
+    if tasks is None:
+        state.names = names
+    elif names is not None:
         if not state.named or set(names) != set(tasks):
             raise ValueError(f"task_weights must be of the tasks {list(tasks)}, got {list(names)}")
         by_name = dict(zip(names, weights or (), strict=True))
         weights = [by_name[name] for name in tasks]
-    if weights is not None and tasks is not None and len(weights) != len(tasks):
+    elif weights is not None and len(weights) != len(tasks):
         raise ValueError(f"task_weights must have {len(tasks)} entries, one a task, got {len(weights)}")
-    if tasks is None and names is not None:
-        state.names = names
     state.task_weights = weights
     known = state.averages if state.emptied is None else state.emptied[0]
     if known is not None and (weights is None or len(weights) == len(known.tasks)):

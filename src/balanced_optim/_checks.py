@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeGuard
 
 import torch
 from torch.optim import Optimizer
@@ -32,9 +33,13 @@ def require(holds: bool, name: str, rule: str, value: object) -> None:
         raise ValueError(f"{name} must be {rule}, got {value!r}")
 
 
-def is_number(value: object) -> bool:
+def is_number(value: object) -> TypeGuard[float]:
     """Whether it is a finite int or float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_positive(value: object) -> bool:
+    return is_number(value) and value > 0
 
 
 def _is_whole(value: object, least: int) -> bool:
@@ -43,31 +48,19 @@ def _is_whole(value: object, least: int) -> bool:
 
 def check_rule(rule: Rule, aggregated: bool) -> None:
     """Raise ValueError where a field of the rule is out of range, or two contradict each other."""
-    require(is_number(rule.eps) and rule.eps > 0, "eps", "a number > 0", rule.eps)
+    require(_is_positive(rule.eps), "eps", "a number > 0", rule.eps)
     logs = rule.log_transform
     entries = list(logs.values()) if isinstance(logs, Mapping) else [logs] if isinstance(logs, bool) else logs
-    by_task = (
-        isinstance(entries, Sequence) and not isinstance(entries, str) and all(isinstance(e, bool) for e in entries)
-    )
+    by_task = isinstance(entries, list | tuple) and all(isinstance(entry, bool) for entry in entries)
     require(by_task, "log_transform", "True or False, or a sequence or mapping of those by task", logs)
-    target = rule.norm_target
+    target, power, cap = rule.norm_target, rule.norm_power, rule.max_weight
     named = target is None or (isinstance(target, str) and target in NORM_TARGETS)
-    require(
-        named or (isinstance(target, int | float) and is_number(target) and target > 0),
-        "norm_target",
-        f"one of {(*NORM_TARGETS, None)} or a number > 0",
-        target,
-    )
-    require(
-        is_number(rule.norm_power) and 0 <= rule.norm_power <= 1, "norm_power", "a number in [0, 1]", rule.norm_power
-    )
+    targets = f"one of {(*NORM_TARGETS, None)} or a number > 0"
+    require(named or _is_positive(target), "norm_target", targets, target)
+    require(is_number(power) and 0 <= power <= 1, "norm_power", "a number in [0, 1]", power)
     require(_is_whole(rule.warmup_steps, 0), "warmup_steps", "a whole number >= 0", rule.warmup_steps)
-    require(
-        rule.max_weight is None or (is_number(rule.max_weight) and rule.max_weight > 0),
-        "max_weight",
-        "None or a number > 0 (1 keeps the log only, 10 is a mild cap)",
-        rule.max_weight,
-    )
+    caps = "None or a number > 0 (1 keeps the log only, 10 is a mild cap)"
+    require(cap is None or _is_positive(cap), "max_weight", caps, cap)
     require(isinstance(rule.fade_solved, bool), "fade_solved", "True or False", rule.fade_solved)
     # A task that a mapping does not name has its log taken.
     _check_together(rule, aggregated, isinstance(logs, Mapping) or any(entries))

@@ -72,8 +72,8 @@ class _DeviceStore:
 
     def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype | None, ranks: Alone | None) -> None:
         self.device, self._number = parameters[0].device, len(parameters)
-        self._ranks = ranks if ranks is not None and ranks.agrees else None
-        shares = (ranks.shares if ranks is not None else None) or [1.0] * len(parameters)
+        self._ranks = ranks or Alone()
+        shares = self._ranks.shares or [1.0] * len(parameters)
         together: dict[tuple[torch.device, torch.dtype, torch.dtype], list[int]] = {}
         for i, p in enumerate(parameters):
             kind = p.device, dtype or accumulation_dtype(p.dtype), grad_dtype(p).to_real()
@@ -101,17 +101,28 @@ class _DeviceStore:
 
     def _norms(self, squares: Tensor) -> Tensor:
         # A sum has asked for the squares of all ranks pass by pass.
-        squares = self._ranks.total(squares) if self._ranks is not None and self.keeps_rows else squares
+        squares = self._ranks.total(squares) if self.keeps_rows else squares
         return squares.sqrt().to(self.norm_dtype)
 
     def _take(self, one: Pass, kernel: Any, *state: Any) -> tuple[list[_Measured], Tensor]:
-        """Measure a pass and decide; returns whether it counts."""
+        """Measure a pass, and launch the kernel that decides for all segments and ranks; returns whether it counts."""
         hold([*one.shared, *one.rest.values()])
         ok = moved(one.ok, self.device, torch.bool) if isinstance(one.ok, Tensor) else self._answers[one.ok]
         measured, heads = self._measure(one.task, one.shared, one.rest.values())
         for head in heads:
             ok = ok & head.isfinite().all().to(self.device, non_blocking=True)
-        return measured, self._decide(one.task, [part.partials for part in measured], ok, kernel, *state)
+        partials = [part.partials for part in measured]
+        squares = partials[0] if len(partials) == 1 and not self._ranks.agrees else self._joint(partials)
+        if self._ranks.agrees:
+            finite = squares.sum().isfinite() & self._usable[one.task] & (self._healthy != 0)
+            ok = torch.as_tensor(self._ranks.agree(ok & finite))
+            squares = squares if self.keeps_rows else self._ranks.total(squares)
+        taken = torch.empty((), dtype=torch.bool, device=self.device)
+        launch(
+            kernel, self.device, 1, squares, self._usable, ok, self._healthy, taken, self._squares, *state,
+            one.task, len(squares), self._refuses, BLOCK=kernels().TOTAL_BLOCK,
+        )  # fmt: skip
+        return measured, taken
 
     def _measure(
         self, task: int, shared: Sequence[Tensor | None], rest: Iterable[Tensor]
@@ -123,34 +134,18 @@ class _DeviceStore:
         measured = []
         for segment in self._segments:
             own = [plain(shared[i], place) for i, place in zip(segment.members, segment.places, strict=True)]
-            measured.append(self._measure_segment(segment, own, heads.pop(segment.device, []), task))
+            beside = heads.pop(segment.device, [])
+            gradients, sizes = [*own, *beside], [head.numel() for head in beside]
+            *firsts, blocks = accumulate((-(-size // kernels().BLOCK) for size in sizes), initial=0)
+            tables = [
+                (self._tables.on(segment.device, [*words, *sizes, *firsts]), kind)
+                for kind, words in addresses_of(gradients, segment.gradient_dtype).items()
+            ]
+            partials = torch.empty(segment.blocks + blocks, dtype=segment.wide, device=segment.device)
+            for table, kind in tables:
+                segment.measure(table, kind, partials, len(beside), task)
+            measured.append(_Measured(gradients, tables, partials))
         return measured, [head for together in heads.values() for head in together]
-
-    def _measure_segment(self, segment: Segment, shared: Gradients, heads: list[Tensor], task: int) -> _Measured:
-        gradients, sizes = [*shared, *heads], [head.numel() for head in heads]
-        *firsts, blocks = accumulate((-(-size // kernels().BLOCK) for size in sizes), initial=0)
-        tables = [
-            (self._tables.on(segment.device, [*words, *sizes, *firsts]), kind)
-            for kind, words in addresses_of(gradients, segment.gradient_dtype).items()
-        ]
-        partials = torch.empty(segment.blocks + blocks, dtype=segment.wide, device=segment.device)
-        for table, kind in tables:
-            segment.measure(table, kind, partials, len(heads), task)
-        return _Measured(gradients, tables, partials)
-
-    def _decide(self, task: int, partials: Sequence[Tensor], ok: Tensor, kernel: Any, *state: Any) -> Tensor:
-        """Launch the kernel that decides for all segments and ranks; returns whether the pass counts."""
-        squares = partials[0] if len(partials) == 1 and self._ranks is None else self._joint(partials)
-        if self._ranks is not None:
-            finite = squares.sum().isfinite() & self._usable[task] & (self._healthy != 0)
-            ok = torch.as_tensor(self._ranks.agree(ok & finite))
-            squares = squares if self.keeps_rows else self._ranks.total(squares)
-        taken = torch.empty((), dtype=torch.bool, device=self.device)
-        launch(
-            kernel, self.device, 1, squares, self._usable, ok, self._healthy, taken, self._squares, *state,
-            task, len(squares), self._refuses, BLOCK=kernels().TOTAL_BLOCK,
-        )  # fmt: skip
-        return taken
 
     def _joint(self, partials: Sequence[Tensor]) -> Tensor:
         """One number a segment."""
@@ -245,7 +240,7 @@ class DeviceRows(_DeviceStore):
                 for at in range(place.start, end, _GRAM_PIECE):
                     matrix = torch.stack([row[at : min(at + _GRAM_PIECE, end)].double() for row in rows])
                     result += share * (matrix @ matrix.t()).to(self.device)
-        return result if self._ranks is None else self._ranks.total(result)
+        return self._ranks.total(result)
 
     def clear(self, task: int) -> None:
         """Set the average of `task` back to zero."""

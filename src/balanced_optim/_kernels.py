@@ -193,10 +193,8 @@ def sum_kernel(rows, slots, weights, out, tasks, length, WIDE: tl.constexpr, BLO
     for task in range(0, tasks):
         weight = tl.load(weights + task).to(WIDE)
         row = tl.multiple_of(tl.load(slots + task).to(tl.int64) * length, 64)
-        values = tl.load(rows + row + at, mask=at < tl.multiple_of(tl.where(weight != 0, end, 0), 64), other=0.0).to(
-            WIDE
-        )
-        total += weight * values
+        inside = at < tl.multiple_of(tl.where(weight != 0, end, 0), 64)
+        total += weight * tl.load(rows + row + at, mask=inside, other=0.0).to(WIDE)
     tl.store(out + at, _narrow(total, out.dtype.element_ty), mask=at < end)
 
 

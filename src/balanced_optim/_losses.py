@@ -56,14 +56,9 @@ class TaskLosses:
         for loss in self.given:
             dtype = torch.promote_types(dtype, loss.dtype)
         missing = torch.full((), math.nan, dtype=dtype, device=device)
-        return torch.stack([missing if loss is None else _scalar(loss, device, dtype) for loss in self.losses])
-
-
-def _scalar(loss: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    value = loss.detach()
-    if value.dim() or value.dtype != dtype or value.device != device:
-        return value.reshape(()).to(device, dtype)
-    return value
+        return torch.stack(
+            [missing if loss is None else loss.detach().reshape(()).to(device, dtype) for loss in self.losses]
+        )
 
 
 def run_closure(

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, NoReturn
@@ -32,7 +33,6 @@ class Totals:
         sums: ``sum of samples * loss`` over ranks and micro-batches, shape (T,), float64.
         samples: the number of samples of each task, shape (T,); 0 for a task that no rank has.
         dtype: float32, or float64 where some rank's losses are.
-        present: tasks that some rank has.
         bad: for a task whose loss is not finite on some rank, the first such rank and its value.
         marked: tasks whose graph on some rank holds a class that has yet to be checked.
     """
@@ -40,7 +40,6 @@ class Totals:
     sums: Tensor
     samples: Tensor
     dtype: torch.dtype
-    present: list[int]
     bad: dict[int, tuple[int, float]]
     marked: list[bool]
 
@@ -55,6 +54,7 @@ class Alone:
             stop at some of the parameters.
         outside_get_gradients: whether leaves outside of the optimizer get a `.grad`.
         hint: what else may be wrong where a task reaches nothing.
+        take: how a backward pass is made.
         agrees: whether each rank keeps a part of every average, so that `agree` and `total` send messages.
         shares: for each averaged parameter the part of its squared norm that counts here; None: all of it.
     """
@@ -64,13 +64,9 @@ class Alone:
     reduces_in_passes = False
     outside_get_gradients = True
     hint = ""
+    take: Take = staticmethod(take_backward)
     agrees = False
     shares: Sequence[float] | None = None
-
-    @property
-    def take(self) -> Take:
-        """How a backward pass is made."""
-        return take_backward
 
     def parts(self, averaged: Sequence[Tensor]) -> list[Tensor]:
         """The averaged parameters as far as this rank keeps their averages."""
@@ -84,12 +80,12 @@ class Alone:
         """After the passes: what all ranks have. Raises if one of them failed."""
         return norms, rest, reached
 
-    def settle(self, failure: BaseException | None) -> None:
-        """Raise if this rank or another has failed."""
-        if failure is not None:
-            raise failure
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """An error of one rank inside is one of all."""
+        yield
 
-    def everywhere(self, run: Callable[[], Tensor], otherwise: Tensor) -> Tensor:  # noqa: ARG002
+    def everywhere(self, run: Callable[[], Tensor]) -> Tensor:
         """What `run` returns, on rank 0 if there are several."""
         return run()
 
@@ -101,13 +97,9 @@ class Alone:
         """The sum of what each rank counts of its part."""
         return counted
 
-    def wrap(self, gradient: Tensor, parameter: Tensor) -> Tensor:  # noqa: ARG002
-        """A gradient in the form that `parameter.grad` needs."""
-        return gradient
-
-    def entry(self, average: Tensor, parameter: Tensor) -> Tensor:  # noqa: ARG002
-        """An average as a checkpoint holds it."""
-        return average
+    def wrap(self, own: Tensor, parameter: Tensor) -> Tensor:  # noqa: ARG002
+        """This rank's part of a gradient as `parameter.grad` needs it, of an average as a checkpoint does."""
+        return own
 
     def own(self, entry: Tensor, parameter: Tensor) -> Tensor:  # noqa: ARG002
         """This rank's part of an average from a checkpoint."""
@@ -125,6 +117,7 @@ class Ranks(Alone):
         "; with FSDP2, which replaces parameters, build the base optimizer and this one after fully_shard, and leave "
         "set_requires_gradient_sync alone: accumulate() takes its place"
     )
+    take: Take = staticmethod(take_grad)
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self._group, self._device = group, device
@@ -135,11 +128,6 @@ class Ranks(Alone):
 
     def __getstate__(self) -> dict[str, Any]:
         raise TypeError("an optimizer with a process_group cannot be pickled; save its state_dict() instead")
-
-    @property
-    def take(self) -> Take:
-        """By `torch.autograd.grad`."""
-        return take_grad
 
     def meet(
         self,
@@ -189,18 +177,15 @@ class Ranks(Alone):
     def _totals(self, table: Tensor, wide: bool, names: Sequence[str]) -> Totals:
         losses, _, here, marked = table.transpose(0, 1).tolist()
         self._check_presence(here, names)
-        tasks = range(len(names))
         bad = {
             task: (rank, losses[rank][task])
-            for task in tasks
+            for task in range(len(names))
             for rank in reversed(range(self.size))
             if not math.isfinite(losses[rank][task])
         }
         sums, samples = ordered_sum(table[:, :2]).unbind()
-        counts = samples.tolist()
         dtype = torch.float64 if wide else torch.float32
-        present = [task for task in tasks if counts[task] > 0]
-        return Totals(sums, samples, dtype, present, bad, [any(rank[task] for rank in marked) for task in tasks])
+        return Totals(sums, samples, dtype, bad, [any(ranks) for ranks in zip(*marked, strict=True)])
 
     def _check_presence(self, here: list[list[float]], tasks: Sequence[str]) -> None:
         """Raise where a task that is missing on some ranks would leave the others waiting."""
@@ -229,26 +214,26 @@ class Ranks(Alone):
         rank, text = next((rank, text) for rank, text in enumerate(texts) if text is not None)
         raise RuntimeError(f"no rank goes on, since rank {rank} cannot: {text}")
 
-    def settle(self, failure: BaseException | None) -> None:
-        """One message of a number. The host waits for it."""
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """By one message of a number. The host waits for it."""
+        try:
+            yield
+        except BaseException as error:
+            self._settle(error)
+        else:
+            self._settle(None)
+
+    def _settle(self, failure: BaseException | None) -> None:
         mine = torch.tensor([failure is not None], dtype=torch.int32, device=self._device)
         dist.all_reduce(mine, group=self._group)
         if mine.item():
             self._raise_everywhere(failure)
 
-    def everywhere(self, run: Callable[[], Tensor], otherwise: Tensor) -> Tensor:
+    def everywhere(self, run: Callable[[], Tensor]) -> Tensor:
         """Every rank runs it, since it may remember; rank 0's vector counts, since chance may play a part."""
-        failure: BaseException | None = None
-        vector = otherwise
-        try:
-            vector = run()
-        except BaseException as error:
-            failure = error
-        try:
-            self.settle(failure)
-        finally:
-            del failure
-        vector = vector.to(self._device).contiguous()
+        with self.settled():
+            vector = run().to(self._device).contiguous()
         dist.broadcast(vector, group=self._group, group_src=0)
         return vector
 

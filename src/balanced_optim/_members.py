@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from operator import is_
 
 import torch
@@ -22,7 +23,7 @@ def is_lazy(parameter: Tensor) -> bool:
     return isinstance(parameter, UninitializedParameter | UninitializedBuffer)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Layout:
     """The parameters of one call.
 
@@ -32,24 +33,22 @@ class Layout:
         averaged: those of `shared` that have averages: all of them, or those of `norm_params`.
         heads: all others, and last `outside`.
         outside: leaves of the graph that are not in the optimizer.
-        wanted: all that a pass may fill, each once: first the averaged ones, last the heads.
     """
 
     parameters: list[Tensor]
     shared: list[Tensor]
     averaged: list[Tensor]
     heads: list[Tensor]
-    outside: list[Tensor]
-    wanted: list[Tensor]
+    outside: list[Tensor] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, parameters: list[Tensor], shared: list[Tensor], averaged: list[Tensor], heads: list[Tensor]) -> Layout:
-        """With `wanted` put together."""
-        return cls(parameters, shared, averaged, heads, [], [*dict.fromkeys([*averaged, *shared]), *heads])
+    @cached_property
+    def wanted(self) -> list[Tensor]:
+        """All that a pass may fill, each once: first the averaged ones, last the heads."""
+        return [*dict.fromkeys([*self.averaged, *self.shared]), *self.heads]
 
     def with_outside(self, leaves: list[Tensor]) -> Layout:
         """The same with leaves of the graph that are not in the optimizer."""
-        return replace(self, heads=[*self.heads, *leaves], outside=leaves, wanted=[*self.wanted, *leaves])
+        return replace(self, heads=[*self.heads, *leaves], outside=leaves)
 
 
 @dataclass(slots=True)
@@ -74,16 +73,14 @@ class Members:
         replaced: by old object the one that a framework has put into its place.
     """
 
-    def __init__(
-        self, base_optim: Optimizer, shared: Sequence[tuple[str, Tensor]], measured: set[Tensor] | None
-    ) -> None:
+    def __init__(self, base_optim: Optimizer, shared: Mapping[Tensor, str], measured: set[Tensor] | None) -> None:
         self.known = parameters_of(base_optim)
         self.replaced: dict[Tensor, Tensor] = {}
-        places = {parameter: position for position, parameter in enumerate(self.known)}
         self.joint = measured is not None
+        places = {parameter: position for position, parameter in enumerate(self.known)}
         self._members = [
             _Member(parameter, name, places.get(parameter), measured is None or parameter in measured)
-            for name, parameter in shared
+            for parameter, name in shared.items()
         ]
         self._layout: Layout | None = None
 
@@ -94,70 +91,63 @@ class Members:
             ValueError: a shared parameter is gone from the wrapped optimizer, or has another shape.
         """
         parameters = parameters_of(base_optim)
-        same = are_same(parameters, self.known)
-        if not same:
+        if not are_same(parameters, self.known):
             self._follow(parameters)
-        if self._refresh() or not same or self._layout is None:
-            shared = [member.parameter for member in self._members if member.trained]
+        self._refresh()
+        if self._layout is None:
             inside = {member.parameter for member in self._members}
-            self._layout = Layout.of(
+            self._layout = Layout(
                 parameters,
-                shared,
+                [member.parameter for member in self._members if member.trained],
                 [member.parameter for member in self._members if member.trained and member.measured],
                 [parameter for parameter in parameters if parameter not in inside],
             )
         return self._layout
 
-    def _refresh(self) -> bool:
-        """Note shapes, and which parameters train for the first time; whether that changed anything."""
-        changed = False
+    def _refresh(self) -> None:
+        """Note shapes, and which parameters train for the first time."""
         for member in self._members:
             parameter = member.parameter
             if member.trained:
                 if parameter.shape != member.shape:
                     raise ValueError(_moved(member, f"now has shape {tuple(parameter.shape)}"))
             elif parameter.requires_grad and member.position is not None and not is_lazy(parameter):
-                member.trained, member.shape, changed = True, parameter.shape, True
-        return changed
+                member.trained, member.shape, self._layout = True, parameter.shape, None
+
+    def _found(self, parameters: list[Tensor]) -> Iterator[tuple[_Member, Tensor | None]]:
+        """Each member and its parameter now: itself, what a framework put into its place, or None where it is gone."""
+        here, old = set(parameters), set(self.known)
+        for member in self._members:
+            if member.position is None or member.parameter in here:
+                yield member, member.parameter
+            else:
+                new = parameters[member.position] if member.position < len(parameters) else None
+                yield member, None if new in old else new
 
     def _follow(self, parameters: list[Tensor]) -> None:
         """Find every shared parameter again after the wrapped optimizer's parameters have changed."""
-        places, old = {parameter: index for index, parameter in enumerate(parameters)}, set(self.known)
-        found: list[tuple[Tensor, int | None]] = []
-        for member in self._members:
-            position = places.get(member.parameter)
-            parameter = member.parameter
-            if position is None and member.position is not None:
-                parameter = self._replacement(member, parameters, old)
-                position = member.position
-            found.append((parameter, position))
-        for member, (parameter, position) in zip(self._members, found, strict=True):
+        places = {parameter: position for position, parameter in enumerate(parameters)}
+        members, replaced = [], {}
+        for member, parameter in self._found(parameters):
+            if parameter is None:
+                raise ValueError(_moved(member, "is no longer in base_optim"))
             if parameter is not member.parameter:
-                self.replaced[member.parameter] = parameter
-            member.parameter, member.position = parameter, position
-        self.known = parameters
-
-    def _replacement(self, member: _Member, parameters: list[Tensor], old: set[Tensor]) -> Tensor:
-        """The object that a framework has put into a parameter's place."""
-        here = parameters[member.position] if (member.position or 0) < len(parameters) else None  # type: ignore[index]
-        if here is None or here in old:
-            raise ValueError(_moved(member, "is no longer in base_optim"))
-        if member.shape is not None and here.shape != member.shape:
-            raise ValueError(_moved(member, f"was replaced by one of shape {tuple(here.shape)}"))
-        return here
+                if member.shape not in (None, parameter.shape):
+                    raise ValueError(_moved(member, f"was replaced by one of shape {tuple(parameter.shape)}"))
+                replaced[member.parameter] = parameter
+            members.append(replace(member, parameter=parameter, position=places.get(parameter)))
+        self.replaced |= replaced
+        self.known, self._members, self._layout = parameters, members, None
 
     def start_anew(self, base_optim: Optimizer) -> None:
         """Take the parameters as they are: replaced ones at their places, whatever their shape; drop what is gone."""
         parameters = parameters_of(base_optim)
-        places, old = {parameter: index for index, parameter in enumerate(parameters)}, set(self.known)
-        kept = []
-        for member in self._members:
-            here = member.parameter
-            if here not in places and member.position is not None:
-                if member.position >= len(parameters) or parameters[member.position] in old:
-                    continue
-                here = parameters[member.position]
-            kept.append(_Member(here, member.name, places.get(here), member.measured))
+        places = {parameter: position for position, parameter in enumerate(parameters)}
+        kept = [
+            _Member(parameter, member.name, places.get(parameter), member.measured)
+            for member, parameter in self._found(parameters)
+            if parameter is not None
+        ]
         if not kept:
             raise ValueError("shared_params must hold at least one parameter, but base_optim has none of them any more")
         self.known, self._members, self._layout = parameters, kept, None
@@ -193,7 +183,6 @@ class Members:
         return not any(member.parameter.requires_grad for member in self._members)
 
     def __len__(self) -> int:
-        """How many parameters are shared."""
         return len(self._members)
 
 
@@ -210,12 +199,48 @@ def _moved(member: _Member, what: str) -> str:
     )
 
 
-def named(parameters: Iterable[Tensor] | nn.Module, argument: str) -> list[tuple[str, Tensor]]:
-    """The parameters, each once, with what a message calls them.
+def shared_of(base_optim: Optimizer, shared_params: Iterable[Tensor] | nn.Module) -> dict[Tensor, str]:
+    """The shared parameters, with what a message calls them.
+
+    Raises:
+        TypeError, ValueError: see `_named`.
+    """
+    return _named(base_optim, shared_params, "shared_params")
+
+
+def measured_of(
+    base_optim: Optimizer,
+    norm_params: Iterable[Tensor] | nn.Module | None,
+    shared: Mapping[Tensor, str],
+    refresh_every: int,
+) -> set[Tensor] | None:
+    """Those on which norms are measured; None for the exact form.
+
+    Raises:
+        TypeError, ValueError: see `_named`; or one is not shared, or `refresh_every` is used without `norm_params`.
+    """
+    if norm_params is None:
+        if refresh_every != 1:
+            raise ValueError(
+                f"refresh_every needs norm_params, got refresh_every={refresh_every} without; weights are reused in a "
+                "joint backward only: pass norm_params=shared_params to measure norms on all shared parameters"
+            )
+        return None
+    measured = set(_named(base_optim, norm_params, "norm_params"))
+    if others := measured - shared.keys():
+        raise ValueError(
+            f"norm_params must be a subset of shared_params, got {len(others)} parameters that "
+            "are not shared; every task must depend on them"
+        )
+    return measured
+
+
+def _named(base_optim: Optimizer, parameters: Iterable[Tensor] | nn.Module, argument: str) -> dict[Tensor, str]:
+    """Each parameter once, with what a message calls it.
 
     Raises:
         TypeError: not an iterable of tensors.
-        ValueError: there is none.
+        ValueError: there is none, or one that trains is not in the wrapped optimizer.
     """
     if isinstance(parameters, nn.Module):
         pairs: list[tuple[str, Tensor]] = [(repr(name), p) for name, p in parameters.named_parameters()]
@@ -226,69 +251,25 @@ def named(parameters: Iterable[Tensor] | nn.Module, argument: str) -> list[tuple
         )
     else:
         pairs = [(f"entry {index}", parameter) for index, parameter in enumerate(parameters)]
+    names: dict[Tensor, str] = {}
     for name, parameter in pairs:
         if not isinstance(parameter, Tensor):
             raise TypeError(
                 f"{argument} must hold parameters, got {type(parameter).__name__} at {name}; "
                 "pass trunk.parameters() or the trunk module itself"
             )
-    if not pairs:
+        names.setdefault(parameter, name)
+    if not names:
         raise ValueError(
             f"{argument} must hold at least one parameter, got none; was it an iterator that is used up, "
             "or a module without parameters?"
         )
-    first: dict[Tensor, tuple[str, Tensor]] = {}
-    for name, parameter in pairs:
-        first.setdefault(parameter, (name, parameter))
-    return list(first.values())
-
-
-def shared_of(base_optim: Optimizer, shared_params: Iterable[Tensor] | nn.Module) -> list[tuple[str, Tensor]]:
-    """The shared parameters, named; those that train must be in the wrapped optimizer.
-
-    Raises:
-        TypeError, ValueError: see `named`; or one that trains is not in `base_optim`.
-    """
-    pairs = named(shared_params, "shared_params")
-    _check_inside(base_optim, pairs, "shared_params")
-    return pairs
-
-
-def _check_inside(base_optim: Optimizer, pairs: Sequence[tuple[str, Tensor]], argument: str) -> None:
     inside = set(parameters_of(base_optim))
-    for name, parameter in pairs:
+    for parameter, name in names.items():
         if parameter not in inside and parameter.requires_grad:
             raise ValueError(
                 f"{argument} must all be in base_optim, but {name} of shape {tuple(parameter.shape)} is not; "
                 "give base_optim every trained parameter, heads included (fully_shard replaces them: build base_optim "
                 "after it), or freeze it with requires_grad_(False)"
             )
-
-
-def measured_of(
-    base_optim: Optimizer,
-    norm_params: Iterable[Tensor] | nn.Module | None,
-    shared: Sequence[tuple[str, Tensor]],
-    refresh_every: int,
-) -> set[Tensor] | None:
-    """Those on which norms are measured; None for the exact form.
-
-    Raises:
-        ValueError: one is not shared, or `refresh_every` is used without `norm_params`.
-    """
-    if norm_params is None:
-        if refresh_every != 1:
-            raise ValueError(
-                f"refresh_every needs norm_params, got refresh_every={refresh_every} without; weights are reused in a "
-                "joint backward only: pass norm_params=shared_params to measure norms on all shared parameters"
-            )
-        return None
-    pairs = named(norm_params, "norm_params")
-    _check_inside(base_optim, pairs, "norm_params")
-    measured, inside = {parameter for _, parameter in pairs}, {parameter for _, parameter in shared}
-    if not measured <= inside:
-        raise ValueError(
-            f"norm_params must be a subset of shared_params, got {len(measured - inside)} parameters that "
-            "are not shared; every task must depend on them"
-        )
-    return measured
+    return names

@@ -84,10 +84,9 @@ def means(
         return Means(values, [task for task, number in enumerate(samples) if number > 0])
     sums, total, last = sums_with(before, values, samples)
     dtype = sums.dtype
-    if totals is None:
-        present = [task for task, number in enumerate(total.tolist()) if number > 0]
-    else:
-        sums, total, present, dtype = totals.sums, totals.samples, totals.present, totals.dtype
+    if totals is not None:
+        sums, total, dtype = totals.sums, totals.samples, totals.dtype
+    present = [task for task, number in enumerate(total.tolist()) if number > 0]
     mean = (sums / total).masked_fill(total <= 0, math.nan).to(dtype)
     return Means(mean, present, (last / total * averaging).to(dtype), total.to(dtype).reciprocal())
 

@@ -2,8 +2,8 @@
 
 Task gradients are taken by `torch.autograd.grad`, which leaves DistributedDataParallel's own reduction, made for one
 pass a step, out of it: a plain ``ddp(x)`` works with all its options, and buffers are still broadcast. Each task's
-gradients go as one flat message while the next task's pass runs; its last two numbers say whether this rank has failed,
-and whether a head's gradient is not finite. One message for the heads ends the batch.
+gradients go as one flat message while the next task's pass runs; its last two numbers say whether this rank is well,
+and whether its heads' gradients are finite. One message for the heads ends the batch.
 
 Sent: an all-reduce of n a task and one of the heads. Memory: two messages of n scalars under way.
 """
@@ -23,78 +23,55 @@ from ._passes import Gradients, Heard, Pass, Passes
 from ._store import finite
 
 
-class _Message:
-    """A flat vector for gradients of one device and dtype, with room for other numbers at its end."""
+class _Bundle:
+    """Flat messages for the gradients of some parameters, one for each device and dtype; made once.
 
-    def __init__(self, parameters: Sequence[Tensor], dtype: torch.dtype, extra: int, device: torch.device) -> None:
+    `extra` is room for other numbers at the end of the first.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor], extra: int, device: torch.device, widest: torch.dtype = torch.float32
+    ) -> None:
+        kinds = [(p.device, torch.promote_types(accumulation_dtype(p.dtype), widest)) for p in parameters]
         shapes = [real(torch.empty_like(parameter, device="meta")).shape for parameter in parameters]
-        sizes = [shape.numel() for shape in shapes]
-        # Even places, so that pairs can be seen as complex numbers.
-        ends = [0]
-        for size in sizes:
-            ends.append(ends[-1] + size + size % 2)
-        self.flat = torch.zeros(ends[-1] + extra, dtype=dtype, device=device)
-        self.extra = self.flat[ends[-1] :]
-        self._views = [self.flat[s : s + n].view(shape) for s, n, shape in zip(ends, sizes, shapes, strict=False)]
-        self.gradients = [
+        first = kinds[0] if kinds else (device, widest)
+        starts, ends = [], {first: 0}
+        for kind, shape in zip(kinds, shapes, strict=True):
+            starts.append(ends.setdefault(kind, 0))
+            # Even places, so that pairs can be seen as complex numbers.
+            ends[kind] += shape.numel() + shape.numel() % 2
+        ends[first] += extra
+        flats = {kind: torch.zeros(end, device=kind[0], dtype=kind[1]) for kind, end in ends.items()}
+        self._flats, self.extra = list(flats.values()), flats[first][-extra:]
+        self._views = [
+            flats[kind][start : start + shape.numel()].view(shape)
+            for kind, start, shape in zip(kinds, starts, shapes, strict=True)
+        ]
+        self._sums = [
             torch.view_as_complex(view) if parameter.is_complex() else view
             for view, parameter in zip(self._views, parameters, strict=True)
         ]
 
-    def fill(self, gradients: Sequence[Tensor | None]) -> None:
-        """Copy the gradients in, zeros for None."""
+    def send(self, gradients: Sequence[Tensor | None], group: dist.ProcessGroup) -> Callable[[], Gradients]:
+        """Start to add up; the returned function waits and gives the sums, views that stay until the next send."""
         missing = [view for view, gradient in zip(self._views, gradients, strict=True) if gradient is None]
         if missing:
             torch._foreach_zero_(missing)
         targets = [view for view, gradient in zip(self._views, gradients, strict=True) if gradient is not None]
         if targets:
             torch._foreach_copy_(targets, [real(gradient) for gradient in gradients if gradient is not None])
-
-
-class _Bundle:
-    """The messages of one set of parameters, one for each device and dtype; made once."""
-
-    def __init__(
-        self, parameters: Sequence[Tensor], extra: int, device: torch.device, widest: torch.dtype = torch.float32
-    ) -> None:
-        alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for index, parameter in enumerate(parameters):
-            kind = parameter.device, torch.promote_types(accumulation_dtype(parameter.dtype), widest)
-            alike.setdefault(kind, []).append(index)
-        self.number = len(parameters)
-        self.parts = [
-            (members, _Message([parameters[m] for m in members], dtype, extra if part == 0 else 0, where))
-            for part, ((where, dtype), members) in enumerate(alike.items())
-        ] or [([], _Message([], widest, extra, device))]
-        self.extra = self.parts[0][1].extra
-
-    def send(self, gradients: Sequence[Tensor | None], group: dist.ProcessGroup) -> Callable[[], Gradients]:
-        """Start to add up; the returned function waits and gives the sums, views that stay until the next send."""
-        works = []
-        for members, message in self.parts:
-            message.fill([gradients[member] for member in members])
-            works.append(dist.all_reduce(message.flat, group=group, async_op=True))
+        works = [dist.all_reduce(flat, group=group, async_op=True) for flat in self._flats]
 
         def receive() -> Gradients:
-            result: Gradients = [None] * self.number
-            for work, (members, message) in zip(works, self.parts, strict=True):
+            for work in works:
                 work.wait()
-                for member, gradient in zip(members, message.gradients, strict=True):
-                    result[member] = gradient
-            return result
+            return [*self._sums]
 
         return receive
 
 
 class Replicas(Ranks):
-    """Every rank has all parameters and all averages.
-
-    Args:
-        group: the ranks.
-        shared: all shared parameters.
-        heads: all others in the optimizer.
-        norm_dtype: of the norms.
-    """
+    """Every rank has all parameters and all averages."""
 
     def __init__(
         self, group: dist.ProcessGroup, shared: Sequence[Tensor], heads: Sequence[Tensor], norm_dtype: torch.dtype
@@ -121,9 +98,9 @@ class Replicas(Ranks):
             self._note(bundle, one, shared)
             under_way.append((one, bundle, bundle.send(one.shared, self._group)))
             if len(under_way) == 2:
-                yield _received(*under_way.popleft())
+                yield self._received(*under_way.popleft())
         while under_way:
-            yield _received(*under_way.popleft())
+            yield self._received(*under_way.popleft())
 
     def _next(self, passes: Passes, task: int, number: int) -> Pass:
         """The next pass, or zeros where this rank has failed: the others still wait for its messages."""
@@ -137,16 +114,24 @@ class Replicas(Ranks):
     def _note(self, bundle: _Bundle, one: Pass, shared: Sequence[Tensor]) -> None:
         self._reached.update(p for p, gradient in zip(shared, one.shared, strict=True) if gradient is not None)
         fine = finite(Pass(one.task, [], one.rest, one.ok), self._device)
-        bundle.extra[0] = self._failure is not None
-        if isinstance(fine, Tensor):
-            bundle.extra[1] = fine.logical_not().to(bundle.extra.device)
-        else:
-            bundle.extra[1] = not fine
+        bundle.extra[0], bundle.extra[1] = self._failure is None, fine
+
+    def _received(self, one: Pass, bundle: _Bundle, receive: Callable[[], Gradients]) -> Pass:
+        shared = receive()
+        if one.task < 0:
+            # A joint pass becomes `.grad`, which outlives the message.
+            shared = [None if gradient is None else gradient.clone() for gradient in shared]
+        # Both numbers are 1 on every rank.
+        fine = bundle.extra.sum() == 2 * self.size
+        return Pass(one.task, shared, one.rest, fine if on_device(bundle.extra.device) else bool(fine))
 
     def close(self, norms: Tensor, rest: dict[Tensor, Tensor], reached: set[Tensor]) -> Heard:  # noqa: ARG002
         """One message: this rank's failure, what it has reached, rank 0's norms, the gradients of all heads."""
         everything = [*self._shared, *self._heads]
-        bundle = self._last.get(len(norms)) or self._renew(len(norms))
+        if len(norms) not in self._last:
+            extra = 1 + len(everything) + len(norms)
+            self._last[len(norms)] = _Bundle(self._heads, extra, self._device, self._norm_dtype)
+        bundle = self._last[len(norms)]
         bits = [self._failure is not None, *(p in self._reached or p in rest for p in everything)]
         known = torch.tensor(bits, dtype=bundle.extra.dtype, device=bundle.extra.device)
         own = norms.to(bundle.extra.device, bundle.extra.dtype)
@@ -155,11 +140,7 @@ class Replicas(Ranks):
         sums = bundle.send([rest.get(parameter) for parameter in self._heads], self._group)()
         failed, *counts = bundle.extra[: len(bits)].tolist()
         if failed:
-            failure, self._failure = self._failure, None
-            try:
-                self._raise_everywhere(failure)
-            finally:
-                del failure
+            self._raise_everywhere(self._failure)
         some = {p for p, count in zip(everything, counts, strict=True) if count}
         heads = {
             p: total.clone() for p, total in zip(self._heads, sums, strict=True) if p in some and total is not None
@@ -170,21 +151,7 @@ class Replicas(Ranks):
             {p for p in self._shared if p in some},
         )
 
-    def _renew(self, tasks: int) -> _Bundle:
-        extra = 1 + len(self._shared) + len(self._heads) + tasks
-        bundle = self._last[tasks] = _Bundle(self._heads, extra, self._device, self._norm_dtype)
-        return bundle
-
     def reset(self) -> None:
         """Forget the batch."""
         self._failure = None
         self._reached = set()
-
-
-def _received(one: Pass, bundle: _Bundle, receive: Callable[[], Gradients]) -> Pass:
-    shared = receive()
-    if one.task < 0:
-        # A joint pass becomes `.grad`, which outlives the message.
-        shared = [None if gradient is None else gradient.clone() for gradient in shared]
-    fine = bundle.extra.sum() == 0
-    return Pass(one.task, shared, one.rest, fine if on_device(bundle.extra.device) else bool(fine))

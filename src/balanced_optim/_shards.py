@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from ._meeting import Ranks, ordered_sum
 from ._numbers import Flag, on_device
-from ._passes import Gradients, Take, take_backward
+from ._passes import Gradients, take_backward
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -36,12 +37,6 @@ class Shards(Ranks):
 
     If the trunk was given as a module, its parameters stay gathered between the passes of a batch: (T - 1) n fewer
     scalars are gathered, and n more are in memory for that time. Given as parameters, FSDP2's own setting holds.
-
-    Args:
-        group: the ranks that the batch is split over.
-        parameters: all of the optimizer.
-        averaged: those with averages.
-        trunk: the shared parameters' module, if it was given as one.
     """
 
     reduces_in_passes = True
@@ -55,16 +50,9 @@ class Shards(Ranks):
         trunk: nn.Module | None,
     ) -> None:
         kept = [_dtensor(parameter) for parameter in averaged]
-        distributed = [_dtensor(parameter) for parameter in parameters if is_dtensor(parameter)]
+        distributed = [_dtensor(p) for p in parameters if is_dtensor(p) or p.requires_grad]
         super().__init__(group, distributed[0].to_local().device)
         self.averaging = self.size
-        for parameter in parameters:
-            if not is_dtensor(parameter) and parameter.requires_grad:
-                raise ValueError(
-                    "parameters in base_optim must all be sharded or all be plain, got DTensors and a plain one of "
-                    f"shape {tuple(parameter.shape)}; call fully_shard on the root module too, before the optimizer is "
-                    "built"
-                )
         ranks = set(dist.get_process_group_ranks(group))
         for tensor in {id(p.device_mesh): p for p in distributed}.values():
             _check_mesh(tensor, ranks)
@@ -100,12 +88,12 @@ class Shards(Ranks):
                     "rank that lacks the task compute the loss on any input and pass samples=0 for it"
                 )
 
-    @property
-    def take(self) -> Take:
-        """A full `.backward()`, the last one of which leaves the parameters sharded; local shards of the gradients."""
-        return self._take
+    @contextmanager
+    def settled(self) -> Iterator[None]:
+        """Not here: the others wait in a pass for one that has failed, not for its message."""
+        yield
 
-    def _take(
+    def take(
         self,
         losses: Sequence[Tensor],
         cotangents: Sequence[Tensor],
@@ -115,6 +103,7 @@ class Shards(Ranks):
         retain_graph: bool,
         inputs: Sequence[Tensor] | None = None,  # noqa: ARG002
     ) -> Gradients:
+        """A full `.backward()`, the last one of which leaves the parameters sharded; local shards of the gradients."""
         for module in self._modules:
             module.set_reshard_after_backward(not retain_graph, recurse=False)
         found = take_backward(losses, cotangents, names, parameters, retain_graph=retain_graph)
@@ -122,18 +111,37 @@ class Shards(Ranks):
             raise ValueError(f"tasks {list(names)} must reach a sharded parameter, but none got a gradient{self.hint}")
         return [_dtensor(g).to_local() if g is not None and is_dtensor(g) else g for g in found]
 
-    def wrap(self, gradient: Tensor, parameter: Tensor) -> Tensor:
+    def wrap(self, own: Tensor, parameter: Tensor) -> Tensor:
         """A DTensor laid out like the parameter."""
-        plain = is_dtensor(parameter) and not is_dtensor(gradient)
-        return _distributed_like(gradient, parameter) if plain else gradient
+        if not is_dtensor(parameter) or is_dtensor(own):
+            return own
+        from torch.distributed.tensor import DTensor
 
-    def entry(self, average: Tensor, parameter: Tensor) -> Tensor:
-        """A DTensor laid out like the parameter, as torch.distributed.checkpoint needs it."""
-        return _distributed_like(average, parameter)
+        like = _dtensor(parameter)
+        # A DTensor around a piece of a larger tensor cannot be copied or saved.
+        alone = own.untyped_storage().nbytes() == own.numel() * own.itemsize
+        result: Tensor = DTensor.from_local(
+            own if alone else own.clone(),
+            like.device_mesh,
+            like.placements,
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+        return result
 
     def own(self, entry: Tensor, parameter: Tensor) -> Tensor:
         """The local shard of an average that comes whole, or sharded as the parameters are."""
-        return _shard_like(entry, _dtensor(parameter))
+        from torch.distributed.tensor import distribute_tensor
+
+        like = _dtensor(parameter)
+        mesh = like.device_mesh
+        if is_dtensor(entry):
+            tensor = _dtensor(entry)
+            if tensor.placements == like.placements and tensor.device_mesh == mesh:
+                return tensor.to_local()
+            entry = tensor.full_tensor()
+        return distribute_tensor(entry.to(mesh.device_type), mesh, like.placements).to_local()
 
     def reset(self) -> None:
         """Shard again what the passes left gathered."""
@@ -147,49 +155,16 @@ def _dtensor(tensor: Tensor) -> DTensor:
 
     if not isinstance(tensor, DTensor):
         raise ValueError(
-            "shared parameters must all be sharded or all be plain, got DTensors and a plain one of shape "
+            "parameters in base_optim must all be sharded or all be plain, got DTensors and a plain one of shape "
             f"{tuple(tensor.shape)}; call fully_shard on the root module too, before the optimizer is built"
         )
     return tensor
 
 
-def _distributed_like(local: Tensor, parameter: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    like = _dtensor(parameter)
-    # A DTensor around a piece of a larger tensor cannot be copied or saved.
-    alone = local.untyped_storage().nbytes() == local.numel() * local.itemsize
-    result: Tensor = DTensor.from_local(
-        local if alone else local.clone(),
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=like.stride(),
-    )
-    return result
-
-
-def _shard_like(entry: Tensor, parameter: DTensor) -> Tensor:
-    from torch.distributed.tensor import distribute_tensor
-
-    if is_dtensor(entry):
-        tensor = _dtensor(entry)
-        if tensor.placements == parameter.placements and tensor.device_mesh == parameter.device_mesh:
-            return tensor.to_local()
-        entry = tensor.full_tensor()
-    mesh = parameter.device_mesh
-    return distribute_tensor(entry.to(mesh.device_type), mesh, parameter.placements).to_local()
-
-
 def _held_once(parameter: DTensor) -> int:
     """How many ranks of its mesh together hold a parameter once."""
-    sizes = [
-        parameter.device_mesh.size(dimension)
-        for dimension, placement in enumerate(parameter.placements)
-        if not placement.is_replicate()
-    ]
-    return math.prod(sizes)
+    sizes = zip(parameter.device_mesh.shape, parameter.placements, strict=True)
+    return math.prod(size for size, placement in sizes if not placement.is_replicate())
 
 
 def _check_mesh(parameter: DTensor, ranks: set[int]) -> None:

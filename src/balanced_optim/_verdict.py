@@ -16,7 +16,7 @@ from ._members import Layout
 from ._numbers import on_device
 from ._processes import is_one_of_several
 from ._scaling import Held
-from ._state import say_once
+from ._state import say_once, warn
 from ._step import Batch, Step
 
 
@@ -26,32 +26,29 @@ class Overflow(Exception):
 
 def verdict(parts: Parts, batch: Batch, step: Step, given: Given, held: Held | None) -> Exception | None:
     """Why the batch cannot be used, or None. The one read of a device, after everything is enqueued."""
-    refuses = batch.terms.refuses
-    if held is None and not refuses:
-        return None
     overflown = held is not None and not bool(held.ok)
+    if not batch.terms.refuses:
+        return Overflow() if overflown else None
     if not overflown and on_device(step.norms.device):
         chosen = torch.stack([step.norms.unbind()[task] for task in batch.present] or [step.norms.new_zeros(())])
         if bool(chosen.isfinite().all() & torch.as_tensor(step.ok, device=chosen.device)):
             return None
-    missing = [math.isnan(norm) for norm in step.norms.tolist()]
-    if not overflown and step.ok is True and not any(missing[task] for task in batch.present):
+    norms, names = step.norms.tolist(), batch.losses.names
+    missing = [names[task] for task in batch.present if math.isnan(norms[task])]
+    if not overflown and step.ok is True and not missing:
         return None
-    if refuses and (bad := bad_loss(parts, batch, given)) is not None:
+    if (bad := bad_loss(parts, batch, given)) is not None:
         return bad
     if overflown:
         return Overflow()
-    if not refuses:
+    if missing:
+        return RuntimeError(_bad_gradient(f"task {missing[0]!r}"))
+    if bool(step.ok):
         return None
-    for task in batch.present:
-        if missing[task]:
-            return RuntimeError(_bad_gradient(f"task {batch.losses.names[task]!r}"))
-    if not bool(step.ok):
-        if parts.settings.aggregator is not None:
-            return RuntimeError(_bad_gradient("all tasks together, as the aggregator combines them"))
-        names = [batch.losses.names[task] for task in batch.present]
-        return Overflow() if held is not None else RuntimeError(_bad_gradient(f"the tasks {names} together"))
-    return None
+    if parts.settings.aggregator is not None:
+        return RuntimeError(_bad_gradient("all tasks together, as the aggregator combines them"))
+    together = [names[task] for task in batch.present]
+    return Overflow() if held is not None else RuntimeError(_bad_gradient(f"the tasks {together} together"))
 
 
 def bad_loss(parts: Parts, batch: Batch, given: Given) -> ValueError | None:
@@ -118,9 +115,7 @@ def warn_of_unreached(parts: Parts, layout: Layout, step: Step) -> None:
     parts.pending.said.add("unreached")
     unreached = [tuple(p.shape) for p in layout.shared if p not in parts.state.reached and p.requires_grad]
     if unreached:
-        say_once(
-            parts.pending,
-            "some unreached",
+        warn(
             f"no task reaches {len(unreached)} of the shared parameters (the first has shape {unreached[0]}); "
             "they get no gradient; or a hook takes their .grad inside the pass",
         )
@@ -131,9 +126,7 @@ def warn_of_world(parts: Parts) -> None:
         return
     parts.pending.said.add("looked")
     if is_one_of_several():
-        say_once(
-            parts.pending,
-            "world",
+        warn(
             "this process is one of several, but no process_group was given: each would train on gradients of its own; "
             "pass process_group=torch.distributed.group.WORLD, or ignore this where the runs are independent",
         )
@@ -147,9 +140,7 @@ def warn_of_outside(parts: Parts, given: Given, layout: Layout, ranks: Alone) ->
     outside = outside_of(reach_of(given.losses.losses), layout.parameters)
     held = [leaf for leaf in outside if isinstance(leaf, torch.nn.Parameter)]
     if held:
-        say_once(
-            parts.pending,
-            "parameters outside",
+        warn(
             f"{len(held)} parameters outside base_optim take part in the losses (the first has shape "
             f"{tuple(held[0].shape)}); with a process_group they get no gradient: give them to base_optim, or "
             "freeze them",
