@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from conftest import assert_same, build, build_plain, every_base, header_of, named, snapshot, train
+from networks import Net
 from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -83,6 +84,36 @@ def test_resume_bit_for_bit(setting, used_before):
     train(net, optimizer, 4, start=3, form=form)
     train(other, resumed, 4, start=3, form=form)
     assert_same(snapshot(other, resumed), snapshot(net, optimizer))
+
+
+class Momentum(torch.optim.Optimizer):
+    """A base whose state of a parameter is a tensor, not a dictionary."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self.state[parameter] = 0.5 * self.state.get(parameter, 0.0) + parameter.grad
+                    parameter -= group["lr"] * self.state[parameter]
+
+
+def test_a_base_that_keeps_a_tensor_a_parameter_is_saved_and_resumed():
+    def fresh(seed):
+        net = Net(seed=seed)
+        return net, DualBalancedOptimizer(Momentum(net.parameters(), lr=0.01), net.trunk)
+
+    (net, optimizer), (other, resumed) = fresh(0), fresh(1)
+    train(net, optimizer, 3)
+    saved = reload({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
+    other.load_state_dict(saved["net"])
+    resumed.load_state_dict(saved["optimizer"])
+    train(net, optimizer, 3, start=3)
+    train(other, resumed, 3, start=3)
+    assert_same(list(other.parameters()), list(net.parameters()))
 
 
 @pytest.mark.parametrize("setting", ["default", "beta-0", "cap-beta-0", "absent", "bfloat16"])

@@ -14,6 +14,7 @@ pytest.importorskip("rich")
 pytest.importorskip("matplotlib")
 pytest.importorskip("torchjd")
 
+import balanced_optim
 from benchmarks.command_line import RESULTS
 from benchmarks.data.all import DATA
 from benchmarks.data.problem import Batch, DataSet, Metric, MultiTaskNet, Problem, Task, accuracy
@@ -898,5 +899,7 @@ def test_the_readme_shows_what_the_published_runs_say(capsys):
     printed = capsys.readouterr().out.strip()
     readme = (RESULTS.parents[1] / "README.md").read_text(encoding="utf-8")
     begin, end = "<!-- evidence -->", "<!-- /evidence -->"
+    method = recommend.ranked({line.data: line.gains for line in overview.all_lines(command.PUBLISHED)})[0].method
+    assert eval(f"dict({recommend.CANDIDATES[method]})") == balanced_optim.RECOMMENDED
     shown = readme[readme.index(begin) + len(begin) : readme.index(end)].strip() if begin in readme else printed
     assert shown == printed

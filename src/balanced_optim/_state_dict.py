@@ -59,9 +59,12 @@ def merge(base: Any, method: Saved, number: int) -> dict[str, Any]:
 
 
 def _is_usual(base: Any, number: int) -> bool:
-    """Whether a base's state dict has torch's form, with all its parameters."""
+    """Whether a base's state dict has torch's form, with all its parameters and a dictionary for each."""
     groups = base.get("param_groups") if isinstance(base, dict) and isinstance(base.get("state"), dict) else None
-    return bool(groups) and all("params" in group for group in groups) and len(_keys_of(base)) == number  # type: ignore[union-attr]
+    if not groups or not all("params" in group for group in groups):
+        return False
+    keys = _keys_of(base)
+    return len(keys) == number and all(isinstance(base["state"].get(key, {}), dict) for key in keys)
 
 
 def _keys_of(state_dict: Mapping[str, Any]) -> list[Any]:
