@@ -186,15 +186,17 @@ def _checked(passes: Passes, parts: Parts, batch: Batch, ranks: Alone, given: Gi
 
 def _reaching(passes: Passes, parts: Parts, batch: Batch, ranks: Alone) -> Passes:
     """Stage: refuse a task that this rank has, if it reaches nothing to average although something can be reached."""
-    versions = versions_of(batch.layout.shared)
-    for number, one in enumerate(passes):
-        if number == 0 and versions_of(batch.layout.shared) != versions:
+    versions: list[int] | None = versions_of(batch.layout.shared)
+    for one in passes:
+        if versions is not None and versions_of(batch.layout.shared) != versions:
             raise RuntimeError(stepped(batch.losses.names[one.task]))
+        versions = None
         if all(gradient is None for gradient in one.shared) and not parts.members.all_frozen:
             here = batch.losses.losses[one.task] is not None or one.rest
             if here:
                 raise ValueError(reaches_nothing(batch.losses.names[one.task], parts.members.joint, ranks.hint))
         yield one
+        del one
 
 
 # ------------------------------------------------- commit

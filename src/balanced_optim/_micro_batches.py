@@ -119,6 +119,7 @@ def with_earlier(passes: Passes, before: MicroBatches, factors: Tensor, layout: 
     for one in passes:
         more = sum_of(before, [one.task], factors)
         yield added(one, {p: g for p, g in more.items() if p not in elsewhere}, layout.averaged)
+        del one, more
 
 
 def added(one: Pass, more: Mapping[Tensor, Tensor], parameters: Sequence[Tensor]) -> Pass:

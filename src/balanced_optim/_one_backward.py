@@ -43,6 +43,7 @@ def one_backward_step(
     else:
         for one in measure:
             add_rest(rest, one.rest, store.add(one), masked=not terms.refuses)
+            del one
         norms = store.norms()
     # w_t = alpha / ||ema_t|| on the subset.
     weights = rule.joint_weights(norms, terms.power, batch.unsolved, known.task_weights)

@@ -41,6 +41,7 @@ def unscaled(passes: Passes, scale: Scalar) -> Passes:
     for one in passes:
         shared = [None if gradient is None else divide(gradient) for gradient in one.shared]
         yield Pass(one.task, shared, {p: divide(gradient) for p, gradient in one.rest.items()}, one.ok)
+        del one, shared
 
 
 def scaled(gradients: Mapping[Tensor, Tensor], scale: Scalar) -> dict[Tensor, Tensor]:

@@ -104,6 +104,8 @@ def task_passes(
                 inputs=inputs,
             )
         yield Pass(task, found[:number], by_parameter(layout.heads, found[first_head:]))
+        # Here and in every stage: the next pass gets this one's memory.
+        del found
 
 
 def by_parameter(parameters: Iterable[Tensor], gradients: Gradients) -> dict[Tensor, Tensor]:
@@ -133,6 +135,7 @@ def exact_step(passes: Passes, batch: Batch, rule: Rule, close: Close) -> Step:
         if ok is not False:
             taken = True
             found = [seen or gradient is not None for seen, gradient in zip(found, one.shared, strict=True)]
+        del one
     reached = {parameter for parameter, seen in zip(batch.layout.averaged, found, strict=True) if seen}
     # ||ema_t||
     norms, rest, reached = close(store.norms(), rest, reached)
