@@ -33,8 +33,9 @@ ALL = "all"
 QUICK_STEPS, QUICK_SEEDS = 50, 1
 PUBLISHED = RESULTS / "published" / "study"
 
-REPORTED = ("pareto", "schedules", "sgd", "fig4")
-"""The studies in the report of a data set; but for the first, those that were run under several settings."""
+REPORTED = ("pareto", "schedules", "sgd", "fig4", "ablation", "fig3", "fig5", "fig6", "continuum")
+"""The studies in the report of a data set: the first, and of the others those that were run whole, and under several
+settings where that is what they are about."""
 
 WINDOWS_OF = {"conflict": "cosines", "variance": "coherence", "stability": "norms"}
 """Studies to the measured quantity that their report lists."""
@@ -243,8 +244,7 @@ def data_report(folder: Path, data: str) -> str:
     for name in REPORTED:
         study, architectures = STUDIES[name], DATA[data].architectures if STUDIES[name].all_architectures else ("hard",)
         rows = rows_of(study, architectures, records, tasks)
-        several = len({(row.architecture, row.optimizer, row.schedule) for row in rows}) > 1
-        if name != REPORTED[0] and not several:
+        if name != REPORTED[0] and not _is_whole(study, architectures, rows):
             continue
         drawn = [row for row in rows if row.delta_p and row.milliseconds is not None]
         picture = "time.png" if name == REPORTED[0] and drawn else ""
@@ -252,6 +252,13 @@ def data_report(folder: Path, data: str) -> str:
             PICTURES[name](folder / data / picture, drawn, tasks)
         parts.append(report_text(name, study, rows, records, DATA[data], architectures, picture))
     return "\n".join(parts)
+
+
+def _is_whole(study: Study, architectures: Sequence[str], rows: Sequence[Row]) -> bool:
+    """Whether a study was run under several settings, or with all its methods where it has one setting."""
+    if len(architectures) * len(study.optimizers) * len(study.schedules) > 1:
+        return len({(row.architecture, row.optimizer, row.schedule) for row in rows}) > 1
+    return {row.method for row in rows} >= {*study.methods}
 
 
 def _longest(records: Iterable[Record], data: str) -> list[Record]:
