@@ -388,7 +388,7 @@ def test_a_rank_may_hold_nothing(kind):
     assert store.norms().isnan().tolist() == [False, True]
     assert [out.shape for out in store.combine(vector([1.0, 0.0]))] == [p.shape for p in parameters]
     if kind is DeviceRows:
-        assert store.load_norms().tolist() == [0.0, 0.0]
+        assert store.row_norms().tolist() == [0.0, 0.0]
         assert not store.gram().any()
 
 
@@ -612,7 +612,7 @@ def test_averages_round_trip_bit_for_bit():
     other = DeviceRows(parameters, 3)
     other.load_averages(saved)
     norms = store.norms()
-    exactly([other.load_norms()], [norms])
+    exactly([other.row_norms()], [norms])
     store.load_averages(store.averages())
     exactly(flat(store.averages()), flat(saved))
     assert [segment.rows.data_ptr() for segment in store._segments] == memory
@@ -631,7 +631,7 @@ def test_loading_none_and_clear_set_zeros():
         exactly([mine[1]], [was[0]])
         assert not mine[0].any()
         assert not mine[2].any()
-    assert store.load_norms()[0] == 0
+    assert store.row_norms()[0] == 0
 
 
 @pytest.mark.parametrize("kind", ["deepcopy", "pickle"])

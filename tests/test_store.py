@@ -104,7 +104,7 @@ def check_rows(buffer, expected, rng):
         np.testing.assert_allclose(array(found), total, atol=1e-13)
     flat = np.stack([np.concatenate([row.reshape(-1) for row in rows]) for rows in expected])
     np.testing.assert_allclose(array(buffer.gram()), flat @ flat.T, rtol=1e-10, atol=1e-12)
-    np.testing.assert_allclose(array(buffer.load_norms()), np.linalg.norm(flat, axis=1), rtol=1e-12)
+    np.testing.assert_allclose(array(buffer.row_norms()), np.linalg.norm(flat, axis=1), rtol=1e-12)
     for part, rows in zip(parts, buffer.averages(), strict=True):
         np.testing.assert_allclose(array(torch.stack(rows)), np.stack(part), rtol=1e-13, atol=1e-14)
 

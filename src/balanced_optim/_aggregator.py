@@ -63,7 +63,7 @@ def aggregated_step(passes: Passes, batch: Batch, aggregator: Aggregator, ranks:
         _write(matrix[one.task], averages, one, terms.keep[one.task], terms.gain[one.task])
         norm = torch.linalg.vector_norm(matrix[one.task])
         norms[one.task] = torch.where(ok, norm, math.nan) if isinstance(ok, Tensor) else norm
-        reached.update(by_parameter(layout.averaged, list(one.shared)))
+        reached.update(by_parameter(layout.averaged, one.shared))
     norms, rest, reached = ranks.close(norms, rest, reached)
     return _combined(matrix, norms, rest, reached, batch, aggregator, ranks)
 

@@ -23,7 +23,7 @@ from ._meeting import Alone
 from ._members import Layout
 from ._micro_batches import Means, MicroBatches, with_earlier
 from ._numbers import on_device
-from ._one_backward import is_measured, joint_pass, note, one_backward_step, with_joint_earlier
+from ._one_backward import is_measured, joint_pass, keep_norms, one_backward_step, with_joint_earlier
 from ._passes import Passes, set_aside
 from ._rule import Balance
 from ._scaling import Held, scaled, unscaled
@@ -108,7 +108,7 @@ def _undo(parts: Parts, known: Averages, kept: list[list[Tensor]] | None) -> Non
         if number == 0:
             known.store.clear(task)
     if parts.members.joint:
-        known.norms.copy_(torch.where(known.counts > 0, known.store.load_norms(), 0.0))
+        known.norms.copy_(torch.where(known.counts > 0, known.store.row_norms(), 0.0))
 
 
 def _step(
@@ -211,7 +211,7 @@ def _commit(parts: Parts, batch: Batch, step: Step, new: dict[Tensor, Tensor], g
         known.store.load_averages([[fresh.get(t, row) for t, row in enumerate(old)] for old, fresh in rows])
     count(step, known)
     if parts.members.joint:
-        note(step, known)
+        keep_norms(step, known)
     state.reached.update(step.reached)
     put(new)
     pending.balance = Balance(batch.losses.names, batch.values, step.norms, step.weights, skipped=False)

@@ -103,7 +103,7 @@ def _fill(parts: Parts, saved: Saved, layout: Layout, rows: dict[Tensor, list[Te
         known.store.load_averages([rows.get(parameter) or missing for parameter in known.rows])
         if parts.members.joint:
             # Norms belong to the averages, so a checkpoint need not hold them.
-            known.norms.copy_(known.store.load_norms())
+            known.norms.copy_(known.store.row_norms())
 
 
 def start_anew(parts: Parts, layout: Layout) -> None:

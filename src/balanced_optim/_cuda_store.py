@@ -221,7 +221,7 @@ class DeviceRows(_DeviceStore):
             for into, source in zip(mine, theirs, strict=True):
                 into.zero_() if source is None else into.copy_(source)
 
-    def load_norms(self) -> Tensor:
+    def row_norms(self) -> Tensor:
         """||row_t|| of the rows as they are, bit for bit what `norms` gives for gradients of the parameters' dtype."""
         # The same kernel averages nothing in: the order of the sum is the same, and the spare row gets a copy.
         for segment in self._segments:

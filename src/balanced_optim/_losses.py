@@ -38,11 +38,6 @@ class TaskLosses:
         """Indices of the tasks that this batch has."""
         return [index for index, loss in enumerate(self.losses) if loss is not None]
 
-    @property
-    def given(self) -> list[Tensor]:
-        """The losses that are there."""
-        return [loss for loss in self.losses if loss is not None]
-
     def loss(self, task: int) -> Tensor:
         """The loss of a task that is present."""
         loss = self.losses[task]
@@ -53,8 +48,8 @@ class TaskLosses:
     def values(self, device: torch.device) -> Tensor:
         """Raw losses on `device`, shape (T,), float32 or wider, NaN for absent tasks; detached."""
         dtype = torch.float32
-        for loss in self.given:
-            dtype = torch.promote_types(dtype, loss.dtype)
+        for loss in self.losses:
+            dtype = dtype if loss is None else torch.promote_types(dtype, loss.dtype)
         missing = torch.full((), math.nan, dtype=dtype, device=device)
         return torch.stack(
             [missing if loss is None else loss.detach().reshape(()).to(device, dtype) for loss in self.losses]

@@ -55,7 +55,7 @@ def one_backward_step(
         fine = [
             finite(part, store.device) for part in (Pass(-1, one.shared, {}, one.ok), Pass(-1, [], one.rest, one.ok))
         ]
-        shared = by_parameter(batch.layout.shared, list(one.shared))
+        shared = by_parameter(batch.layout.shared, one.shared)
         own = dict(one.rest)
         if not terms.refuses:
             # Whose fault it is cannot be told any more.
@@ -157,7 +157,7 @@ def with_joint_earlier(
         yield added(one, more, batch.layout.shared)
 
 
-def note(step: Step, known: Averages) -> None:
+def keep_norms(step: Step, known: Averages) -> None:
     """Keep the latest norm of every task, and how many steps ago each was measured."""
     counted = step.norms == step.norms
     known.norms.copy_(torch.where(counted, step.norms, known.norms))

@@ -80,7 +80,7 @@ class RunningSum(Judge):
         norm: Scalar = self._roots([own])[0]
         if not on_device(self.device):
             norm = float(norm) if self.ranks.agrees else math.sqrt(own)
-        self.note(one.task, own, ok)
+        self.record(one.task, own, ok)
         scale = self._scales[one.task] = self._scale(one.task, norm, ok)
         self._take_in(wide, scale, ok)
         return ok

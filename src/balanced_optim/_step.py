@@ -14,7 +14,7 @@ from torch import Tensor
 from ._losses import TaskLosses
 from ._members import Layout
 from ._numbers import Flag, add_gradients, grad_dtype, where
-from ._passes import Gradients, Heard, Pass, Passes, Take
+from ._passes import Heard, Pass, Passes, Take
 from ._remedies import explained
 from ._rule import Rule, Terms
 from ._state import Averages
@@ -108,9 +108,9 @@ def task_passes(
         del found
 
 
-def by_parameter(parameters: Iterable[Tensor], gradients: Gradients) -> dict[Tensor, Tensor]:
+def by_parameter(parameters: Iterable[Tensor], gradients: Sequence[Tensor | None]) -> dict[Tensor, Tensor]:
     """The gradients that are there, by parameter."""
-    return {p: gradient for p, gradient in zip(parameters, gradients, strict=False) if gradient is not None}
+    return {p: gradient for p, gradient in zip(parameters, gradients, strict=True) if gradient is not None}
 
 
 def exact_step(passes: Passes, batch: Batch, rule: Rule, close: Close) -> Step:

@@ -73,7 +73,7 @@ class Judge:
             self._healthy = ok
         return ok
 
-    def note(self, task: int, square: Scalar, ok: Flag) -> None:
+    def record(self, task: int, square: Scalar, ok: Flag) -> None:
         if isinstance(ok, Tensor):
             square = torch.where(ok, torch.as_tensor(square, device=ok.device), math.nan)
         self._squares[task] = square if ok is not False else math.nan
@@ -277,7 +277,7 @@ class FlatGradientBuffer(Judge):
             weighed(segment.average(task, gradient, terms.keep[task], terms.gain[task], ok), segment.share)
             for segment, (gradient, _) in zip(self._segments, read, strict=True)
         ]
-        self.note(task, total_of(squares, self.device), ok)
+        self.record(task, total_of(squares, self.device), ok)
         return ok
 
     def combine(self, weights: Tensor) -> Gradients:
@@ -297,7 +297,7 @@ class FlatGradientBuffer(Judge):
         for segment in self._segments:
             segment.rows[task].zero_()
 
-    def load_norms(self) -> Tensor:
+    def row_norms(self) -> Tensor:
         """||ema_t|| of every row as it is, shape (T,)."""
         squares = [
             total_of([weighed(square_of(segment.rows[task]), segment.share) for segment in self._segments], self.device)
