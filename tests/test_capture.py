@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import gc
 import re
+import weakref
 from pathlib import Path
 
 import pytest
@@ -188,7 +190,12 @@ def test_what_is_loaded_or_set_goes_where_it_was(form):
 
 
 @every_form
-def test_a_graph_goes_on_from_zero_after_a_reset(form):
+def test_a_graph_goes_on_from_zero_after_a_reset(form, monkeypatch):
+    with device_path(monkeypatch):
+        goes_on_from_zero(form)
+
+
+def goes_on_from_zero(form):
     """What it writes to is used by the next batch, and what it has counted since is saved."""
     net, optimizer = build(form)
     for seed in range(3):
@@ -209,7 +216,12 @@ def test_a_graph_goes_on_from_zero_after_a_reset(form):
     assert header_of(optimizer)["batches"] == int(known.batches) == 2
 
 
-def test_what_was_forgotten_does_not_hold_the_next_batch_back():
+def test_what_was_forgotten_does_not_hold_the_next_batch_back(monkeypatch):
+    with device_path(monkeypatch):
+        does_not_hold_the_next_batch_back()
+
+
+def does_not_hold_the_next_batch_back():
     net, optimizer = build()
     optimizer.step(net.losses(0))
     known = optimizer._parts.state.averages
@@ -224,6 +236,39 @@ def test_what_was_forgotten_does_not_hold_the_next_batch_back():
     optimizer.step([loss.double() for loss in net.losses(2)[:2]])
     rows = optimizer._parts.state.averages.store.averages()
     assert all(row.dtype == torch.float64 for each in rows for row in each)
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.9), (0.9, 0.0)])
+@pytest.mark.parametrize("way", ["load", "reset"])
+def test_a_schedule_that_is_loaded_gets_the_store_that_it_needs(betas, way, monkeypatch):
+    """A checkpoint from before the first batch holds a schedule and no averages."""
+    mine, theirs = betas
+    with device_path(monkeypatch):
+        ends = []
+        for used in (True, False):
+            saved = copy.deepcopy(build({"beta": theirs})[1].state_dict())
+            net, optimizer = build({"beta": mine})
+            if used:
+                optimizer.backward(net.losses(0))
+                optimizer.zero_grad()
+                if way == "reset":
+                    optimizer.reset_averages()
+            optimizer.load_state_dict(saved)
+            for seed in range(3):
+                optimizer.zero_grad()
+                optimizer.step(net.losses(seed))
+            ends.append([net.state_dict(), optimizer.state_dict()])
+        assert_same(*ends)
+
+
+@pytest.mark.cpu
+def test_a_reset_frees_the_averages_where_no_graph_can_write_to_them():
+    net, optimizer = build()
+    optimizer.step(net.losses(0))
+    store = weakref.ref(optimizer._parts.state.averages.store)
+    optimizer.reset_averages()
+    gc.collect()
+    assert store() is None
 
 
 # ------------------------------------------------- graphs; on a GPU

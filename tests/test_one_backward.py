@@ -303,14 +303,16 @@ def test_a_layer_below_the_subset_is_passed_once_a_step(every):
 
 
 @pytest.mark.parametrize(
-    ("kind", "options", "expected"),
+    ("kind", "options", "form", "expected"),
     [
-        ("plain", {}, 1),
-        ("plain", {"task_weights": [1.0, 0.0, 2.0]}, 2),
-        ("head of two tasks", {}, 2),
+        ("plain", {}, list, 1),
+        ("plain", {}, torch.stack, 1),
+        ("plain", {}, lambda losses: torch.stack([loss[None] for loss in losses]).unbind(), 1),
+        ("plain", {"task_weights": [1.0, 0.0, 2.0]}, list, 2),
+        ("head of two tasks", {}, list, 2),
     ],
 )
-def test_a_reused_norm_needs_one_pass_where_every_head_has_a_task_of_its_own(kind, options, expected):
+def test_a_reused_norm_needs_one_pass_where_every_head_has_a_task_of_its_own(kind, options, form, expected):
     """Else a short one before it, for the heads of several tasks, or of one whose weight is 0."""
     net, optimizer = build(kind, refresh_every=4, **options)
     counts = []
@@ -319,9 +321,58 @@ def test_a_reused_norm_needs_one_pass_where_every_head_has_a_task_of_its_own(kin
         losses = net.losses(seed)
         losses[1].register_hook(passes.append)
         optimizer.zero_grad()
-        optimizer.step(losses)
+        optimizer.step(form(losses))
         counts.append(len(passes))
-    assert counts == [2, expected, expected, expected, 2]
+    measured = TASKS + 1 if form is torch.stack or isinstance(form(net.losses()), tuple) else 2
+    assert counts == [measured, expected, expected, expected, measured]
+
+
+@pytest.mark.parametrize("hook", ["register_hook", "register_post_accumulate_grad_hook"])
+def test_a_hook_on_a_head_sees_the_same_gradient_where_norms_are_reused(hook):
+    net, optimizer = build(refresh_every=3)
+    head, seen = net.heads[1].weight, []
+    getattr(head, hook)(lambda it: seen.append((head.grad if it is head else it).clone()) or None)
+    found = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.backward(net.losses(0))
+        found.append(head.grad)
+    torch.testing.assert_close(found[1:], found[:2])
+    torch.testing.assert_close(seen[1], seen[0])
+
+
+@pytest.mark.parametrize("priority", [1e-5, 1e-6])
+def test_a_small_weight_takes_nothing_from_the_head_of_a_float16_loss(priority):
+    net = Graph(dtype=torch.float16)
+    optimizer = wrap(net, "sgd", refresh_every=3, task_weights=[1.0, priority, 1.0], beta=0.0)
+    found = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        optimizer.backward(net.losses(0))
+        found.append(net.heads[1].weight.grad)
+    assert found[0].norm() > 0
+    assert_same(found[1:], found[:2])
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_bad_micro_batch_is_left_out_on_a_device_as_on_a_cpu(every, monkeypatch):
+    ends = []
+    for device in (False, True):
+        with monkeypatch.context() as patch:
+            if device:
+                patch.setattr("balanced_optim._numbers.ON_DEVICE", lambda where: True)
+            net, optimizer = build(refresh_every=every, nonfinite="ignore", base="sgd")
+            for seed in range(3):
+                optimizer.zero_grad()
+                first = net.losses(seed)
+                if seed:
+                    first[1] = first[1] + math.nan
+                optimizer.accumulate(first)
+                optimizer.backward(net.losses(seed + 10))
+            ends.append(net.grads())
+    there = [name for name, gradient in ends[0].items() if gradient is not None]
+    assert_near(*({name: end[name] for name in there} for end in reversed(ends)), 1e-9, 2)
+    assert not any(gradient.any() for name, gradient in ends[1].items() if name not in there and gradient is not None)
 
 
 def test_a_new_task_makes_the_step_a_measured_one():

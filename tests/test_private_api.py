@@ -95,6 +95,28 @@ def test_a_product_has_kept_its_other_factor_until_the_graph_is_freed():
         _ = scaled.grad_fn._saved_other
 
 
+def test_a_stack_that_is_unbound_leads_from_each_part_to_what_it_was():
+    parts = [leaf(2).sum(), leaf(2).prod()]
+    for number, part in enumerate(torch.stack(parts).unbind()):
+        assert (part.grad_fn.name(), part.output_nr) == ("UnbindBackward0", number)
+        stack = part.grad_fn.next_functions[0][0]
+        assert stack.name() == "StackBackward0"
+        assert [node for node, _ in stack.next_functions] == [each.grad_fn for each in parts]
+
+
+def test_hooks_on_a_leaf_are_seen():
+    for register, name in (
+        (torch.Tensor.register_hook, "_backward_hooks"),
+        (torch.Tensor.register_post_accumulate_grad_hook, "_post_accumulate_grad_hooks"),
+    ):
+        parameter = leaf(2)
+        assert not getattr(parameter, name)
+        handle = register(parameter, lambda seen: None)
+        assert getattr(parameter, name)
+        handle.remove()
+        assert not getattr(parameter, name)
+
+
 @pytest.mark.parametrize(
     ("change", "names"),
     [

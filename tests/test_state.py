@@ -86,6 +86,31 @@ def test_resume_bit_for_bit(setting, used_before):
     assert_same(snapshot(other, resumed), snapshot(net, optimizer))
 
 
+@pytest.mark.parametrize("thawed", [True, False])
+@pytest.mark.parametrize("form", [{}, {"norm_params": 0}])
+def test_a_state_saved_between_a_thaw_and_the_next_batch_loads(thawed, form):
+    def fresh(seed):
+        net = Net(sizes=(4, 6, 6), seed=seed)
+        options = {"norm_params": net.trunk[0]} if form else {}
+        return net, DualBalancedOptimizer(torch.optim.SGD(net.parameters(), lr=0.01), net.trunk, **options)
+
+    def freeze(net, on):
+        net.trunk[0].weight.requires_grad_(not on)
+
+    (net, optimizer), (other, resumed) = fresh(0), fresh(1)
+    freeze(net, True)
+    train(net, optimizer, 3)
+    freeze(net, False)
+    saved = reload({"net": net.state_dict(), "optimizer": optimizer.state_dict()})
+    freeze(other, not thawed)
+    other.load_state_dict(saved["net"])
+    resumed.load_state_dict(saved["optimizer"])
+    freeze(other, False)
+    for each in ((net, optimizer), (other, resumed)):
+        train(*each, 3, start=3)
+    assert_same(snapshot(other, resumed), snapshot(net, optimizer))
+
+
 class Momentum(torch.optim.Optimizer):
     """A base whose state of a parameter is a tensor, not a dictionary."""
 

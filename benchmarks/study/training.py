@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from statistics import median
@@ -112,27 +112,25 @@ class Run:
     tuned: dict[str, float] | None = None
 
 
-@dataclass
 class _Recorder:
-    losses: list[Tensor] = field(default_factory=list)
-    norms: list[Tensor] = field(default_factory=list)
-    weights: list[Tensor] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
+    """Curves of a training of so many steps, in tensors made once: records kept step by step would scatter memory."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._done = steps, 0
+        self._curves: dict[str, Tensor] = {}
+        self.seconds: list[float] = []
 
     def add(self, losses: Iterable[Tensor], report: StepReport, seconds: float) -> None:
-        self.losses.append(torch.stack([loss.detach() for loss in losses]))
         self.seconds.append(seconds)
-        if report.norms is not None:
-            self.norms.append(report.norms)
-        if report.weights is not None:
-            self.weights.append(report.weights)
+        values = torch.stack([loss.detach() for loss in losses])
+        for name, row in (("losses", values), ("norms", report.norms), ("weights", report.weights)):
+            if row is not None:
+                self._curves.setdefault(name, row.new_full((self._steps, len(row)), math.nan))[self._done] = row
+        self._done += 1
 
     def curves(self) -> Curves:
-        return Curves(torch.stack(self.losses).cpu(), _stack(self.norms), _stack(self.weights))
-
-
-def _stack(rows: list[Tensor]) -> Tensor | None:
-    return torch.stack(rows).cpu() if rows else None
+        found = {name: curve[: self._done].cpu() for name, curve in self._curves.items()}
+        return Curves(found["losses"], found.get("norms"), found.get("weights"))
 
 
 @dataclass(frozen=True)
@@ -180,7 +178,7 @@ def train(problem: Problem, build_step: BuildStep, tasks: Iterable[Task], traini
     step = build_step(base_optim, model, Plan(tasks, training.steps))
     # After the method, which may have added parameters of its own.
     schedule = Schedule(training.schedule, base_optim, training.steps)
-    recorder, probe, checks = _Recorder(), Probe(training.steps), list[Check]()
+    recorder, probe, checks = _Recorder(training.steps), Probe(training.steps), list[Check]()
     report, moments = StepReport(), {*check_steps(training.steps)}
     for number, batch in enumerate(islice(problem.train_batches(), training.steps), start=1):
         compute_losses = partial(_losses, model, batch.to(training.device), tasks)

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from ._aggregator import aggregated_step, check_aggregator
 from ._batch import Given, Parts, device_of, make_batch, meet
 from ._capture import check_capture, check_replayed, is_capturing
-from ._graph import check_replay, outside_of, reach_of
+from ._graph import check_replay, is_hooked, outside_of, reach_of
 from ._losses import Losses, Samples
 from ._meeting import Alone
 from ._members import Layout
@@ -142,8 +142,10 @@ def _step(
         # Passes that send messages must be the same on all ranks, whatever their graphs.
         several = ranks.reduces_in_passes
         heads = dict.fromkeys(layout.heads) if several else {p: reach[p] for p in layout.heads if p in reach}
-        positive = _positive(parts, weights, counted)
-        passes = joint_pass(batch, ranks.take, weights, counted, heads if with_heads else {}, positive)
+        # A hook has to see the gradient that it would see in another step.
+        heads |= {p: None for p in batch.layout.parameters if p in heads and is_hooked(p)}
+        reversible = _reversible(parts, batch, weights, counted)
+        passes = joint_pass(batch, ranks.take, weights, counted, heads if with_heads else {}, reversible)
         passes = _checked(passes, parts, batch, ranks, given) if with_heads else passes
         passes = passes if given.scale is None else unscaled(passes, given.scale)
         if earlier is not None and mean.earlier is not None:
@@ -160,13 +162,21 @@ def _step(
         return exact_step(passes, batch, settings.rule, ranks.close)
 
 
-def _positive(parts: Parts, weights: Tensor, counted: list[int]) -> set[int]:
-    """The tasks whose weight is above 0 where they count, without asking a device."""
-    if not on_device(weights.device):
+def _reversible(parts: Parts, batch: Batch, weights: Tensor, counted: list[int]) -> set[int]:
+    """The tasks by whose weight a gradient can be multiplied and divided again, without asking a device.
+
+    A weight of 0 cannot be undone, nor what a float16 loss makes of a small one.
+    """
+    if on_device(weights.device):
+        numbers = parts.state.task_weights or [1.0] * len(weights)
+        counted = [] if parts.settings.rule.fade_solved else counted
+    else:
         numbers = weights.tolist()
-        return {task for task in counted if numbers[task] > 0}
-    priorities = parts.state.task_weights or [1.0] * len(weights)
-    return set() if parts.settings.rule.fade_solved else {task for task in counted if priorities[task] > 0}
+    return {task for task in counted if numbers[task] > 0 and not _is_half(batch.losses.losses[task])}
+
+
+def _is_half(loss: Tensor | None) -> bool:
+    return loss is not None and loss.dtype == torch.float16
 
 
 def _checked(passes: Passes, parts: Parts, batch: Batch, ranks: Alone, given: Given) -> Passes:

@@ -66,15 +66,20 @@ class Parts:
         return layout
 
 
+def needs_rows(parts: Parts) -> bool:
+    """Whether the method looks at all gradients at once, or again later."""
+    settings = parts.settings
+    return parts.state.beta > 0 or not settings.rule.streams or parts.members.joint or settings.aggregator is not None
+
+
 def new_store(parts: Parts, layout: Layout, ranks: Alone, tasks: int) -> Store:
-    """Rows where the method looks at all gradients at once or again later, else a running sum."""
-    settings, rule = parts.settings, parts.settings.rule
-    averaged = ranks.parts(layout.averaged)
+    """Rows, or a running sum where that is enough."""
+    settings = parts.settings
+    averaged, rows = ranks.parts(layout.averaged), needs_rows(parts)
     device = averaged[0].device if averaged else layout.parameters[0].device
     # Where every rank has whole rows there is nothing to agree on.
     own = ranks if ranks.agrees else ALONE
-    rows = parts.state.beta > 0 or not rule.streams or parts.members.joint or settings.aggregator is not None
-    dtype, normalise = settings.ema_dtype, rule.norm_target is not None
+    dtype, normalise = settings.ema_dtype, settings.rule.norm_target is not None
     if is_chosen(averaged):
         return DeviceRows(averaged, tasks, dtype, own) if rows else DeviceSum(averaged, own, normalise)
     if rows:
@@ -86,11 +91,11 @@ def averages_for(parts: Parts, names: tuple[str, ...], named: bool, layout: Layo
     """The averages as they are; new ones before the first batch; with more rows where a parameter was thawed."""
     known, state = parts.state.averages, parts.state
     if known is None:
-        emptied, state.emptied = state.emptied, None
-        if emptied is not None and len(emptied[0].tasks) == len(names) and fits(emptied[0], layout.averaged):
-            state.emptied = emptied
-            set_weights(emptied[0], state.task_weights)
-            return replace(emptied[0], tasks=names, named=named)
+        if state.emptied is not None and _is_for(parts, state.emptied[0], len(names), layout):
+            set_weights(state.emptied[0], state.task_weights)
+            return replace(state.emptied[0], tasks=names, named=named)
+        # Its memory is needed.
+        state.emptied = None
         store = new_store(parts, layout, ranks, len(names))
         return new_averages(names, named, store, list(layout.averaged), state.task_weights)
     if are_same(known.rows, layout.averaged):
@@ -100,6 +105,10 @@ def averages_for(parts: Parts, names: tuple[str, ...], named: bool, layout: Layo
         old = dict(zip(known.rows, known.store.averages(), strict=True))
         store.load_averages([old.get(parameter, [None] * len(names)) for parameter in layout.averaged])
     return replace(known, store=store, rows=list(layout.averaged), kinds=kinds_of(layout.averaged))
+
+
+def _is_for(parts: Parts, known: Averages, tasks: int, layout: Layout) -> bool:
+    return len(known.tasks) == tasks and fits(known, layout.averaged) and known.store.keeps_rows == needs_rows(parts)
 
 
 # ------------------------------------------------- what the caller hands in

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from ._batch import Parts, new_store
 from ._checks import check_schedule, read_task_weights
 from ._members import Layout
+from ._numbers import on_device
 from ._processes import ALONE
 from ._state import empty, fits, new_averages, set_weights
 from ._state_dict import FROZEN, REACHED, SHARED, Saved, check_fits, merge, split
@@ -34,6 +35,9 @@ def saved_state(parts: Parts, base_optim: Optimizer) -> dict[str, Any]:
         for parameter, rows in zip(known.rows, known.store.averages(), strict=True):
             averages[places[parameter]] = [ranks.wrap(row, parameter) for row in rows]
     trained, counted = set(layout.shared), state.averages
+    if known is not None and known.store.keeps_rows:
+        # What has thawed since the last batch has no averages yet.
+        trained -= set(layout.averaged) - set(known.rows)
     header = {
         "tasks": state.tasks,
         "named": state.named,
@@ -114,7 +118,8 @@ def start_anew(parts: Parts, layout: Layout) -> None:
     known = state.emptied if state.averages is None else (state.averages, set(state.reached))
     state.averages = state.emptied = None
     state.reached.clear()
-    if known is not None and fits(known[0], layout.averaged):
+    # Only a GPU has graphs that may still write there.
+    if known is not None and on_device(known[0].store.device) and fits(known[0], layout.averaged):
         empty(known[0])
         state.emptied = known
 

@@ -56,7 +56,7 @@ def reach_of(losses: Sequence[Tensor | None]) -> dict[Tensor, int | None]:
         if loss.grad_fn is None:
             found[loss] = None if loss in found else task
             continue
-        to_visit = [loss.grad_fn]
+        to_visit = [_start_of(loss)]
         while to_visit:
             node = to_visit.pop()
             owner = owners.get(node, -1)
@@ -73,6 +73,22 @@ def reach_of(losses: Sequence[Tensor | None]) -> dict[Tensor, int | None]:
         if (leaf := leaf_of(node)) is not None:
             found[leaf] = None if leaf in found else owners[node]
     return found
+
+
+def _start_of(loss: Tensor) -> Node:
+    """Where the graph of this loss alone begins: losses that were stacked into one tensor have a way of their own."""
+    node = loss.grad_fn
+    below = node.next_functions[0][0] if node is not None and node.name() == "UnbindBackward0" else None
+    # One tensor that was stacked alone may have been unbound the other way.
+    if below is not None and below.name() == "StackBackward0" and len(below.next_functions) > 1:
+        own = below.next_functions[loss.output_nr][0]
+        node = node if own is None else own
+    return node  # type: ignore[return-value]
+
+
+def is_hooked(leaf: Tensor) -> bool:
+    """Whether a hook looks at the leaf's gradient."""
+    return bool(leaf._backward_hooks or leaf._post_accumulate_grad_hooks)
 
 
 def leaf_of(node: Node) -> Tensor | None:

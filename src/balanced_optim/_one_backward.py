@@ -93,12 +93,12 @@ def joint_pass(
     weights: Tensor,
     counted: Sequence[int],
     heads: Mapping[Tensor, int | None],
-    positive: set[int],
+    reversible: set[int],
 ) -> Passes:
     """The source of the joint pass from ``w_t / (loss_t + eps)``; heads get their tasks' own log-losses.
 
     A head that one task alone reaches gets its gradient in the same pass, divided by w_t after. Any other, of several
-    tasks or of one whose weight may be 0, needs a short pass before.
+    tasks or of one that is not `reversible`, needs a short pass before.
 
     Args:
         batch: its facts.
@@ -106,11 +106,11 @@ def joint_pass(
         weights: w_t, (T,).
         counted: the tasks that count.
         heads: what this pass has to bring beside the shared parameters: the one task that reaches it, or None.
-        positive: tasks whose weight is known to be above 0, wherever they count.
+        reversible: tasks by whose weight a gradient can be multiplied and divided again.
     """
     layout = batch.layout
     here = [task for task in counted if batch.losses.losses[task] is not None]
-    own = {head: task for head, task in heads.items() if task in positive}
+    own = {head: task for head, task in heads.items() if task in reversible}
     others = [head for head in heads if head not in own]
     # Not a product with 0: the start of a bad loss may be NaN.
     usable = torch.as_tensor(batch.terms.usable, device=weights.device)
@@ -150,6 +150,8 @@ def with_joint_earlier(
 ) -> Passes:
     """Stage: add what earlier micro-batches brought, heads by their own log-loss, what is shared by weight."""
     inside = set(batch.layout.shared)
+    # Not a product with 0: the factor of a bad loss may be NaN.
+    factors = factors.masked_fill(~torch.as_tensor(batch.terms.usable, device=factors.device), 0.0)
     shared = sum_of(before, counted, factors * weights.masked_fill(~(weights > 0), 0.0))
     heads = sum_of(before, counted, factors) if with_heads else {}
     more = {p: g for p, g in shared.items() if p in inside} | {p: g for p, g in heads.items() if p not in inside}

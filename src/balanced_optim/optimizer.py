@@ -58,13 +58,13 @@ class DualBalancedOptimizer(Optimizer):
         max_weight: cap on a task's weight before `task_weights`. 1 keeps the log only, None has no cap.
         fade_solved: True multiplies w_t by ``loss_t / (loss_t + eps)``, before the cap: a task whose loss has gone far
             below eps fades, instead of having what is left of its gradient, noise, blown up to full size.
-        task_weights: priorities >= 0, multiplied in after the rescale; a sequence of T, or a mapping by task
-            name, which fixes the names. See the property of that name.
+        task_weights: priorities >= 0, multiplied in last: a sequence of T, or a mapping by name, which fixes the names.
         norm_params: the one-backward form: norms and averages on this subset of the shared parameters only, best the
             last shared layer, on which every task depends; then ONE joint backward of ``sum_t w_t * log(loss_t + eps)``
             gives every shared gradient, not averaged. Cost: one pass and T short ones that stop at the subset. Where a
             norm is 0 there (behind a zero-initialised layer) the log alone acts on the task.
-        refresh_every: with `norm_params`: measure norms anew when a task of the batch has one that is m steps old.
+        refresh_every: with `norm_params`: measure norms anew when a task of the batch has one that is m steps old; in
+            between a head may get its gradient times w_t, divided after: a backward that clips there sees that.
         aggregator: takes the place of `norm_target`: a callable from the matrix of the averaged gradients of the tasks
             that count, shape (T, n), to the combined gradient, shape (n,), as TorchJD has them. Columns: the shared
             parameters that train, in order, each flattened; `task_weights` multiply rows. What it remembers you save
