@@ -139,13 +139,9 @@ def _step(
         return staged(_reaching(passes, parts, batch, ranks), batch.running, layout.averaged)
 
     def joint_passes(weights: Tensor, counted: list[int], with_heads: bool) -> Passes:
-        # Passes that send messages must be the same on all ranks, whatever their graphs.
-        several = ranks.reduces_in_passes
-        heads = dict.fromkeys(layout.heads) if several else {p: reach[p] for p in layout.heads if p in reach}
-        # A hook has to see the gradient that it would see in another step.
-        heads |= {p: None for p in batch.layout.parameters if p in heads and is_hooked(p)}
+        heads = _owners(layout, reach, ranks) if with_heads else {}
         reversible = _reversible(parts, batch, weights, counted)
-        passes = joint_pass(batch, ranks.take, weights, counted, heads if with_heads else {}, reversible)
+        passes = joint_pass(batch, ranks.take, weights, counted, heads, reversible)
         passes = _checked(passes, parts, batch, ranks, given) if with_heads else passes
         passes = passes if given.scale is None else unscaled(passes, given.scale)
         if earlier is not None and mean.earlier is not None:
@@ -160,6 +156,17 @@ def _step(
         if settings.aggregator is not None:
             return aggregated_step(passes, batch, settings.aggregator, ranks)
         return exact_step(passes, batch, settings.rule, ranks.close)
+
+
+def _owners(layout: Layout, reach: Mapping[Tensor, int | None], ranks: Alone) -> dict[Tensor, int | None]:
+    """For each head that tasks reach the one that alone does; None where it needs a pass of its own."""
+    if ranks.reduces_in_passes:
+        # These send messages, so that they must be the same on all ranks, whatever their graphs.
+        return dict.fromkeys(layout.heads)
+    # A hook on a head has to see the gradient that it would see in another step.
+    own = layout.heads[: len(layout.heads) - len(layout.outside)]
+    hooked = {id(head) for head in own if is_hooked(head)}
+    return {head: None if id(head) in hooked else reach[head] for head in layout.heads if head in reach}
 
 
 def _reversible(parts: Parts, batch: Batch, weights: Tensor, counted: list[int]) -> set[int]:
