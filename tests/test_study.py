@@ -860,6 +860,7 @@ def test_the_distance_of_a_setting_is_to_the_best_end_over_common_seeds():
 
 def test_the_setting_with_the_least_worst_distance_is_recommended_and_held_out_data_only_test_it():
     held_out = {recommend.HELD_OUT[0]: GAINS["scenes"] | {"beta_0": {0: -90.0}}}
+    assert recommend.ranked(GAINS | held_out | {recommend.STRESS[0]: GAINS["digits"]})[0].worst == 1
     best, *others = recommend.ranked(GAINS | held_out)
     assert (best.method, best.worst, best.distances["scenes"]) == ("beta_0", 1, -1)
     assert best.distances[recommend.HELD_OUT[0]] == 95
