@@ -90,7 +90,7 @@ def load_state(parts: Parts, base_optim: Optimizer, state_dict: dict[str, Any]) 
 def _fill(parts: Parts, saved: Saved, layout: Layout, rows: dict[Tensor, list[Tensor]]) -> None:
     """Write a checkpoint's numbers into the averages that are there, so that a captured graph goes on, or new ones."""
     state, header = parts.state, saved.header
-    known = state.averages if state.emptied is None else state.emptied[0]
+    known = state.kept
     tasks: tuple[str, ...] = header["tasks"]
     alike = known is not None and (len(known.tasks), known.store.keeps_rows) == (len(tasks), bool(saved.averages))
     if known is None or not alike or not fits(known, layout.averaged):
@@ -148,6 +148,6 @@ def change_weights(parts: Parts, task_weights: Any) -> None:
     elif weights is not None and len(weights) != len(tasks):
         raise ValueError(f"task_weights must have {len(tasks)} entries, one a task, got {len(weights)}")
     state.task_weights = weights
-    known = state.averages if state.emptied is None else state.emptied[0]
+    known = state.kept
     if known is not None and (weights is None or len(weights) == len(known.tasks)):
         set_weights(known, weights)

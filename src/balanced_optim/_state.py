@@ -121,6 +121,11 @@ class State:
             self.reached.update(reached)
             self.emptied = None
 
+    @property
+    def kept(self) -> Averages | None:
+        """The averages that a captured graph may write to, in use or emptied."""
+        return self.averages if self.emptied is None else self.emptied[0]
+
     def cosines(self) -> Tensor:
         """See `DualBalancedOptimizer.gradient_cosines`."""
         self.notice()
